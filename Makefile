@@ -1,0 +1,40 @@
+# `make demo` and `make test` need only Python 3.10 or newer, git and make: they build their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUN ?= runs/demo
+
+.PHONY: install demo test test-fast lint types notebooks clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[demo,plot,peft,test]"
+	touch $@
+
+# The main job on the embedded default: fine-tune MiniLM on the standard library's docstrings.
+demo: install
+	$(VENV)/bin/ulmfit-tools train --model minilm --dataset stdlib-docs --plan gradual_unfreezing --output_dir $(RUN) --resume
+
+# Everything: unit tests, the sweep over all architectures, slow tests, and the real data where it is at hand.
+test: install
+	$(PY) -m pytest tests
+
+test-fast: install
+	$(PY) -m pytest tests -m "not slow and not real_data"
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: install
+	$(PY) -m mypy
+
+# Executes every notebook from top to bottom; they are stored without outputs.
+notebooks: install
+	$(PY) -m pytest tests/test_notebooks.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

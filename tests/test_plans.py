@@ -1,0 +1,137 @@
+"""Phases and plans as Python objects and YAML; the refusals name what is wrong and what is meant."""
+
+import pytest
+
+from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit, shipped_plans
+
+GROUPS = ["embeddings", "layer.0", "layer.1", "layer.2", "head"]
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("all", (0, 1, 2, 3, 4)),
+        ("head", (4,)),
+        ("top_half", (2, 3, 4)),  # ceil(5 / 2) groups from the top
+        (1, (4,)),
+        (4, (1, 2, 3, 4)),
+        (["head", "layer.1"], (2, 4)),
+    ],
+)
+def test_groups_to_train(train, expected):
+    assert Phase(name="x", train=train).groups_to_train(GROUPS) == expected
+
+
+def test_each_becomes_one_phase_a_group_from_the_input_up():
+    phases = FineTuningPlan.load("chain_thaw").expand(GROUPS)
+    assert [phase.name for phase in phases] == ["head", *(f"one-{name}" for name in GROUPS), "all"]
+    trained = [phase.groups_to_train(GROUPS) for phase in phases]
+    assert trained == [(4,), (0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_plan_survives_yaml(name, tmp_path):
+    plan = FineTuningPlan.load(name)
+    file = tmp_path / "plan.yaml"
+    file.write_text(plan.to_yaml())
+    assert FineTuningPlan.load(file) == plan
+    assert plan.description
+
+
+def test_a_plan_with_everything_survives_yaml(tmp_path):
+    plan = FineTuningPlan(
+        name="mine",
+        description="All of it.",
+        settings={"learning_rate": 2e-4, "seed": 7},
+        phases=[
+            Phase(name="a", train="head", steps=10, learning_rate=1e-3, schedule="sgdr", schedule_settings={"cycle_len": 1}),
+            Phase(name="b", train=2, epochs=0.5, learning_rate=(1e-5, 1e-3), keep="best"),
+            Phase(name="c", train=["head"], until_overfit=UntilOverfit(patience=3, min_delta=0.01, max_epochs=9)),
+            Phase(name="d", factor=2.6, num_groups=3),
+        ],
+    )  # fmt: skip
+    file = tmp_path / "plan.yml"
+    file.write_text(plan.to_yaml())
+    assert FineTuningPlan.load(str(file)) == plan
+
+
+def test_yaml_reads_rates_as_people_write_them(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("name: x\nphases:\n  - {name: a, learning_rate: 2e-4}\n  - {name: b, learning_rate: [1e-5, 1E-3]}\n")
+    a, b = FineTuningPlan.load(file).phases
+    assert a.learning_rate == 0.0002
+    assert b.learning_rate == (0.00001, 0.001)
+
+
+def test_until_overfit_keeps_the_best_checkpoint():
+    phase = Phase.from_dict({"name": "x", "until_overfit": True})
+    assert phase.until_overfit == UntilOverfit()
+    assert phase.keep == "best"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "x", "epoch": 3}, "no key 'epoch'.*Did you mean \"epochs\""),
+        ({"train": "all"}, "needs a name"),
+        ({"name": "../x"}, "names a folder. Received: '../x'"),
+        ({"name": "x", "train": "heads"}, "Received: 'heads'. Did you mean \"head\""),
+        ({"name": "x", "train": 0}, "at least 1.*Received: 0"),
+        ({"name": "x", "train": []}, "at least one group"),
+        ({"name": "x", "epochs": 1, "steps": 5}, "epochs and steps exclude each other"),
+        ({"name": "x", "epochs": -1}, "positive number. Received: -1"),
+        ({"name": "x", "steps": 1.5}, "whole number from 1. Received: 1.5"),
+        ({"name": "x", "learning_rate": "fast"}, "positive number. Received: 'fast'"),
+        ({"name": "x", "learning_rate": [1e-3, 1e-5]}, "low must not be above high"),
+        ({"name": "x", "learning_rate": [1e-3]}, "two rates"),
+        ({"name": "x", "learning_rate": [1e-5, 1e-3], "factor": 2}, "exclude each other"),
+        ({"name": "x", "schedule": "slanted"}, "slanted_triangular"),
+        ({"name": "x", "schedule_settings": {"cut_frac": 0.2}}, "needs a schedule"),
+        ({"name": "x", "keep": "worst"}, "one of last, best. Received: 'worst'"),
+        ({"name": "x", "until_overfit": {"patience": 0}}, "whole number from 1. Received: 0"),
+        ({"name": "x", "until_overfit": {"patients": 2}}, "Did you mean \"patience\""),
+        ("x", "must be a mapping"),
+    ],
+)  # fmt: skip
+def test_wrong_phase_is_refused(values, message):
+    with pytest.raises(InputError, match=message) as error:
+        FineTuningPlan.from_dict({"name": "plan", "phases": [values]})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold a mapping"),
+        ("name: x\nname: y\nphases: []\n", "line 2: the key 'name' stands twice"),
+        ("name: x\nphases: []\n", "nothing would train"),
+        ("name: x\nphases: [{name: a}, {name: a}]\n", "names must differ. Received twice: a"),
+        ("name: x\n", "needs the key 'phases'"),
+        ("name: x\nphase: []\n", "no key 'phase'.*Did you mean \"phases\""),
+        ("name: [x\n", "not valid YAML"),
+        ("name: x\nphases: [{name: !!python/object/apply:os.getcwd []}]\n", "not valid YAML"),
+    ],
+)
+def test_wrong_plan_file_is_refused(tmp_path, text, message):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        FineTuningPlan.load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_plan_suggests_the_nearest():
+    with pytest.raises(InputError, match='no plan \'gradual_unfreezin\'.*Did you mean "gradual_unfreezing"'):
+        FineTuningPlan.load("gradual_unfreezin")
+
+
+def test_missing_plan_file_is_named():
+    with pytest.raises(InputError, match="no file my_plan.yaml"):
+        FineTuningPlan.load("my_plan.yaml")
+
+
+def test_group_that_the_model_lacks_is_named():
+    with pytest.raises(InputError, match='no layer group \'layer.9\'.*Did you mean "layer.'):
+        Phase(name="x", train=["layer.9"]).groups_to_train(GROUPS)
+    with pytest.raises(InputError, match="5 layer groups. Received: 6"):
+        Phase(name="x", train=6).groups_to_train(GROUPS)

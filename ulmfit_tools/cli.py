@@ -1,0 +1,318 @@
+"""The command line: `ulmfit-tools train | groups | evaluate | predict`.
+
+Bad input ends with one line on standard error and exit code 2; a run stopped by a signal writes a last checkpoint and
+exits with 128 + the signal's number, as shells expect.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ulmfit_tools import __version__
+from ulmfit_tools.errors import InputError, nearest
+
+PROGRAM = "ulmfit-tools"
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class _ModelFlags:
+    model: str | None = _help("minilm (embedded), a Hub name, a model folder or a run folder.")
+    trust_remote_code: bool = _help("Let a Hub model run code of its own.", False)
+
+
+@dataclass
+class _DataFlags:
+    dataset: str | None = _help(
+        "stdlib-docs (embedded), a Hub name, a .csv .tsv .json .jsonl .parquet .txt file, a folder of splits, or a "
+        "save_to_disk folder."
+    )
+    text_column: str | None = _help("Column of the text, or two for text pairs: premise,hypothesis. Guessed if clear.")
+    label_column: str | None = _help("Column of the label. Guessed if clear.")
+    max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")
+
+
+@dataclass
+class _TrainFlags:
+    plan: str = _help(
+        "A shipped plan (baseline, chain_thaw, gradual_unfreezing) or a YAML file.", "gradual_unfreezing"
+    )
+    validation_fraction: float | None = _help(
+        "Share of the training rows to validate on where no split is given. 0.1."
+    )
+    resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
+    overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
+    config: str | None = _help("YAML file with any of these flags; the command line wins over it.")
+
+
+@dataclass
+class _GroupFlags:
+    learning_rate: float = _help("Rate of the last group.", 3e-4)
+    learning_rate_low: float | None = _help("Rate of the first group: geometric spacing in between.")
+    discriminative_factor: float | None = _help("Each group's rate is the next one's divided by this.")
+    num_layer_groups: int | None = _help("Merge the groups into this many.")
+
+
+@dataclass
+class _EvaluateFlags:
+    split: str | None = _help("Which split; by default test, else validation, else the only one.")
+    batch_size: int = _help("Texts at a time.", 64)
+    json: str | None = _help("Also write the metrics to this JSON file.")
+
+
+@dataclass
+class _PredictFlags:
+    model: str | None = _help("A run folder or any classifier's folder.")
+    text: list[str] | None = _help("One or more texts.")
+    file: str | None = _help("A file of texts: .txt (a text a line) .csv .tsv .json .jsonl .parquet.")
+    text_column: str | None = _help("Column of the text in the file. Guessed if clear.")
+    output: str | None = _help("Write a CSV file with text, label and score instead of a table.")
+    batch_size: int = _help("Texts at a time.", 64)
+    max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")
+
+
+def _parse(command: str, flag_classes: Sequence[type], argv: Sequence[str], description: str) -> dict[str, Any]:
+    """The flags that were given, and only those, as name -> value."""
+    from transformers import HfArgumentParser
+
+    names = [f"--{f.name}" for flag_class in flag_classes for f in dataclasses.fields(flag_class)]
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str):
+            _, _, unknown = message.partition("unrecognized arguments: ")
+            suggestion = nearest(unknown.split()[0].split("=")[0], names) if unknown else ""
+            raise InputError(f"{command}: {message}.{suggestion} '{PROGRAM} {command} --help' lists the flags")
+
+    parser = Parser(
+        flag_classes,
+        prog=f"{PROGRAM} {command}",
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [flags]",
+    )
+    for flag_class in flag_classes:
+        parser.set_defaults(**{f.name: argparse.SUPPRESS for f in dataclasses.fields(flag_class) if f.init})
+    return vars(parser.parse_args(list(argv)))
+
+
+def _config_flags(argv: Sequence[str]) -> list[str]:
+    """The content of the `--config` file as flags."""
+    from ulmfit_tools.plans.files import read_yaml
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(list(argv))[0].config
+    return [] if path is None else as_flags(read_yaml(Path(path)))
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """A mapping as command-line flags; what is None is left out."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        listed = (
+            value if isinstance(value, list) else [json.dumps(value) if isinstance(value, (dict, bool)) else value]
+        )
+        flags += [f"--{key}", *map(str, listed)]
+    return flags
+
+
+def _defaults(flag_class: type, given: dict[str, Any]) -> Any:
+    """An instance of the flag class from what was given; the rest keeps its defaults."""
+    names = {f.name for f in dataclasses.fields(flag_class)}
+    return flag_class(**{key: value for key, value in given.items() if key in names})
+
+
+def _need(command: str, flags: Any, *names: str) -> None:
+    for name in names:
+        if getattr(flags, name) is None:
+            raise InputError(f"{command} needs --{name}. {type(flags).__dataclass_fields__[name].metadata['help']}")
+
+
+def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int:
+    """Fine-tune a text classifier by a plan; any field of TrainingArguments is a flag too.
+
+    Args:
+        argv: The flags; they win over a `--config` file's, which win over `settings`.
+        settings: Values for flags that are not given.
+    """
+    from ulmfit_tools.data import load_text_classification
+    from ulmfit_tools.plans import FineTuningPlan, run_plan
+    from ulmfit_tools.reporting.tables import print_data, print_result
+    from ulmfit_tools.trainer import ULMFiTTrainingArguments
+
+    classes = [_ModelFlags, _DataFlags, _TrainFlags, ULMFiTTrainingArguments]
+    argv = [*as_flags(settings or {}), *_config_flags(argv), *argv]
+    given = _parse("train", classes, argv, _first_line(train))
+    model, data_flags, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _TrainFlags))
+    _need("train", model, "model")
+    _need("train", data_flags, "dataset")
+    own = {f.name for c in (_ModelFlags, _DataFlags, _TrainFlags) for f in dataclasses.fields(c)}
+    training = {key: value for key, value in given.items() if key not in own}
+    if "output_dir" not in training:
+        raise InputError("train needs --output_dir, the folder for the run")
+    plan = FineTuningPlan.load(flags.plan)
+    data = load_text_classification(
+        data_flags.dataset,
+        text_columns=_columns(data_flags.text_column),
+        label_column=data_flags.label_column,
+        validation_split=flags.validation_fraction,
+        seed=training.get("seed", 42),
+    )
+    if _main_process():
+        print_data(data)
+    result = run_plan(
+        plan,
+        model=model.model,
+        data=data,
+        output_dir=training.pop("output_dir"),
+        max_length=data_flags.max_length,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        trust_remote_code=model.trust_remote_code,
+        **training,
+    )
+    if _main_process():
+        print_result(result, data)
+    return 0
+
+
+def groups(argv: Sequence[str]) -> int:
+    """Show the layer groups of a model with their parameters and rates, before anything is trained."""
+    from ulmfit_tools.data import load_model_and_tokenizer
+    from ulmfit_tools.layers import layer_groups
+    from ulmfit_tools.param_groups import group_learning_rates
+    from ulmfit_tools.reporting.tables import print_groups
+
+    given = _parse("groups", [_ModelFlags, _GroupFlags], argv, _first_line(groups))
+    flags, rates = _defaults(_ModelFlags, given), _defaults(_GroupFlags, given)
+    _need("groups", flags, "model")
+    model, _ = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
+    found = layer_groups(model, rates.num_layer_groups)
+    learning_rate = rates.learning_rate
+    if rates.learning_rate_low is not None:
+        learning_rate = (rates.learning_rate_low, rates.learning_rate)
+    print_groups(model, found, group_learning_rates(len(found), learning_rate, factor=rates.discriminative_factor))
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Score a fine-tuned model on a labelled dataset: accuracy, F1, MCC, and each class by itself."""
+    from ulmfit_tools.inference import evaluate_model
+    from ulmfit_tools.reporting.tables import print_evaluation
+
+    given = _parse("evaluate", [_ModelFlags, _DataFlags, _EvaluateFlags], argv, _first_line(evaluate))
+    model, data, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _EvaluateFlags))
+    _need("evaluate", model, "model")
+    _need("evaluate", data, "dataset")
+    result = evaluate_model(
+        model.model,
+        data.dataset,
+        split=flags.split,
+        text_columns=_columns(data.text_column),
+        label_column=data.label_column,
+        max_length=data.max_length,
+        batch_size=flags.batch_size,
+        trust_remote_code=model.trust_remote_code,
+    )
+    print_evaluation(result)
+    if flags.json is not None:
+        Path(flags.json).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Label texts with a fine-tuned model."""
+    from ulmfit_tools.data import read_texts
+    from ulmfit_tools.inference import predict_texts
+    from ulmfit_tools.reporting.tables import print_predictions, write_predictions
+
+    given = _parse("predict", [_PredictFlags], argv, _first_line(predict))
+    flags = _defaults(_PredictFlags, given)
+    _need("predict", flags, "model")
+    if (flags.text is None) == (flags.file is None):
+        raise InputError('predict needs texts: either --text "..." or --file texts.csv')
+    if flags.output is not None and Path(flags.output).exists():
+        raise InputError(f"{flags.output} exists already: choose another --output, nothing was written")
+    texts = flags.text if flags.text is not None else read_texts(flags.file, text_column=flags.text_column)
+    predictions = predict_texts(flags.model, texts, batch_size=flags.batch_size, max_length=flags.max_length)
+    if flags.output is None:
+        print_predictions(predictions)
+    else:
+        write_predictions(predictions, Path(flags.output))
+        print(f"{len(predictions)} predictions in {flags.output}")
+    return 0
+
+
+def _first_line(command: Callable) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+def _columns(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "groups": groups,
+    "evaluate": evaluate,
+    "predict": predict,
+}
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND [flags]", ""]
+    lines += [f"  {name:<10}{_first_line(command)}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", f"'{PROGRAM} COMMAND --help' lists a command's flags."])
+
+
+def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run one command and turn what a user can cause into one line and an exit code."""
+    from ulmfit_tools.trainer import TrainingInterrupted
+
+    try:
+        return command(argv)
+    except InputError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except TrainingInterrupted as stop:
+        print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of `ulmfit-tools`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"{PROGRAM}: there is no command '{argv[0]}'; there are {', '.join(COMMANDS)}."
+              f"{nearest(argv[0], COMMANDS)}", file=sys.stderr)  # fmt: skip
+        return 2
+    return run(COMMANDS[argv[0]], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

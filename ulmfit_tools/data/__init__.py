@@ -1,0 +1,1 @@
+"""Labelled text: loading, checking, splitting, tokenising; and the embedded model and data."""

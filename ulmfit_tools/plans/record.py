@@ -1,0 +1,138 @@
+"""What a run folder remembers: the plan, settings, versions and data it was made with, and how far it came.
+
+RUN_DIR/
+  run.json                    what the run is: compared on resume, so a changed plan, dataset or model is refused
+  results.json                metrics and times, written last: a run folder with it is complete
+  phases/01-head/phase.json   "running" or "done", seconds, metrics
+  phases/01-head/checkpoint-* while the phase runs
+  phases/01-head/model/       its weights, until the next phase has its own
+  config.json, model.safetensors, tokenizer.json ...: the result, an ordinary model folder
+"""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ulmfit_tools.checkpoints import write_json
+from ulmfit_tools.errors import InputError
+
+_LIBRARIES = ("ulmfit_tools", "torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
+
+# Training arguments that say how a run is watched or where it runs, not what comes out of it.
+_NEUTRAL = {
+    "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "save_total_limit", "save_strategy",
+    "save_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "per_device_eval_batch_size", "eval_accumulation_steps", "project",
+    "skip_memory_metrics", "include_num_input_tokens_seen", "ddp_timeout", "local_rank", "push_to_hub", "hub_token",
+    "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths and states inside one run folder.
+
+    Args:
+        path: The run folder (`output_dir`).
+    """
+
+    path: Path
+
+    def phase_folder(self, index: int, name: str) -> Path:
+        """The folder of the phase with this 0-based index."""
+        return self.path / "phases" / f"{index + 1:02d}-{name}"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where it is not there."""
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read ({error}): the run folder was changed from outside") from None
+
+    def phase_state(self, index: int, name: str) -> dict[str, Any]:
+        """What `phase.json` says, `{"status": "new", ...}` where there is none."""
+        state = self.read(str(self.phase_folder(index, name).relative_to(self.path) / "phase.json"))
+        return state or {"status": "new", "seconds": 0.0}
+
+    def write_phase_state(self, index: int, name: str, state: dict[str, Any]) -> None:
+        """Replace `phase.json` in one step: it is there whole, or the old one is."""
+        folder = self.phase_folder(index, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "phase.json", state)
+
+
+def describe_run(plan: dict, settings: dict, data: dict, model: dict, processes: int) -> dict[str, Any]:
+    """What goes into `run.json`; `check_same_run` compares all of it but the versions."""
+    kept = {key: value for key, value in settings.items() if key not in _NEUTRAL}
+    versions = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    record = {"plan": plan, "settings": kept, "data": data, "model": model, "processes": processes}
+    return json.loads(json.dumps(record | {"versions": versions}, default=str))
+
+
+def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Decide whether a run may start or go on in this folder; nothing is written.
+
+    Raises:
+        InputError: The folder holds another run, or other files, and neither `resume` nor `overwrite` was given;
+            or `resume` was and the plan, settings, dataset, model or number of processes differ.
+    """
+    old = folder.read("run.json")
+    if overwrite:
+        return
+    if old is None:
+        if folder.path.is_dir() and any(folder.path.iterdir()):
+            raise InputError(
+                f"{folder.path} is not empty and holds no run of this tool: choose another --output_dir, "
+                "or add --overwrite to write into it"
+            )
+        return
+    if not resume:
+        raise InputError(
+            f"{folder.path} holds a run already (plan '{old['plan']['name']}'): add --resume to go on with it, "
+            "--overwrite to delete it, or choose another --output_dir"
+        )
+    compared = set(description) - {"versions"}
+    changes = differences({k: old.get(k) for k in compared}, {k: description[k] for k in compared})
+    if changes:
+        raise InputError(f"{folder.path} cannot be resumed, since it was made otherwise: {'; '.join(changes)}")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The leaves in which two JSON values differ, each as `path: old -> new`, sorted by path."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(map(_is_tree, old)):
+        return [
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{where}[{i}]")
+        ]
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def start_folder(folder: RunFolder, description: dict[str, Any], *, overwrite: bool) -> None:
+    """Write `run.json`, after clearing what an earlier run left where `overwrite` says so."""
+    if overwrite and folder.path.is_dir():
+        for name in ("run.json", "results.json"):  # first: without them the rest is no run any more
+            (folder.path / name).unlink(missing_ok=True)
+        shutil.rmtree(folder.path / "phases", ignore_errors=True)
+    os.makedirs(folder.path, exist_ok=True)
+    if folder.read("run.json") is None:
+        write_json(folder.path / "run.json", description)

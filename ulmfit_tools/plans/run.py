@@ -1,0 +1,394 @@
+"""Running a plan: its phases in order, each in its own folder, recorded so that the same call goes on anywhere."""
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ulmfit_tools.callbacks import StopWhenOverfit, has_overfit
+from ulmfit_tools.checkpoints import last_good_checkpoint, whole_folder, write_json
+from ulmfit_tools.data import TextClassificationData, load_model_and_tokenizer, load_text_classification, tokenize
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.freezing import train_only
+from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.metrics import classification_metrics
+from ulmfit_tools.param_groups import discriminative_optimizer
+from ulmfit_tools.plans.phase import Phase
+from ulmfit_tools.plans.plan import FineTuningPlan
+from ulmfit_tools.plans.record import RunFolder, check_folder, describe_run, start_folder
+from ulmfit_tools.plans.settings import phase_arguments, run_arguments
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What one phase came to.
+
+    Args:
+        name: The phase's name.
+        trains: Names of the layer groups that trained, input to output.
+        learning_rate: The rate of the last group at the schedule's peak, or `(low, high)`.
+        epochs: Epochs trained.
+        steps: Optimizer steps trained.
+        seconds: Wall time, summed over interruptions.
+        metrics: Validation metrics of the weights that the phase handed on, without the `eval_` prefix.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    learning_rate: Any
+    epochs: float
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a run came to.
+
+    Args:
+        output_dir: The run folder: an ordinary model folder too.
+        plan: The plan's name.
+        phases: One result for each phase, in order.
+        metrics: For each evaluated split (`validation`, `test`) its metrics.
+        seconds: Wall time of all phases.
+    """
+
+    output_dir: Path
+    plan: str
+    phases: list[PhaseResult]
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, output_dir: Path, values: dict[str, Any]) -> "PlanResult":
+        """The result that `results.json` in a run folder holds."""
+        phases = [PhaseResult(**phase | {"trains": tuple(phase["trains"])}) for phase in values["phases"]]
+        return cls(output_dir, values["plan"], phases, values["metrics"], values["seconds"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `results.json`."""
+        return {
+            "plan": self.plan,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+            "phases": [dataclasses.asdict(phase) for phase in self.phases],
+        }
+
+
+@dataclass
+class _Job:
+    """What every phase of a run needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: Any
+    args: ULMFiTTrainingArguments
+    folder: RunFolder
+    phases: list[Phase]
+    compute_metrics: Callable
+    callbacks: Sequence[TrainerCallback]
+
+
+def run_plan(
+    plan: str | Path | FineTuningPlan,
+    *,
+    model: str | PreTrainedModel,
+    data: str | TextClassificationData,
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    compute_metrics: Callable = classification_metrics,
+    callbacks: Sequence[TrainerCallback] = (),
+    **training_arguments: Any,
+) -> PlanResult:
+    """Run a plan from its first phase to the evaluated model, or go on with a run that was stopped.
+
+    Each phase is one `ULMFiTTrainer` run with only its layer groups trainable, prepared anew by Accelerate: frozen
+    layers are not in its optimizer, and distributed training needs no search for unused parameters. Phase `i`
+    (from 0) is seeded with `seed + i`, so nothing carries over between phases but the weights.
+
+    Args:
+        plan: Name of a shipped plan, path of a YAML file, or a plan.
+        model: `minilm`, a Hub name or folder, or a model object (then give its `tokenizer`).
+        data: A dataset name, file or folder as `load_text_classification` takes it, or its result.
+        output_dir: The run folder.
+        tokenizer: Only beside a model object.
+        max_length: Texts are cut to this many tokens; by default to what the model takes.
+        resume: Go on with the run in `output_dir`, or start it where there is none. A complete run is not run
+            again: its recorded result comes back.
+        overwrite: Start anew in a folder that holds a run; the old run's record and phases are deleted.
+        trust_remote_code: Allow a Hub model to run its own code.
+        compute_metrics: As `Trainer` takes it.
+        callbacks: More callbacks, for every phase.
+        **training_arguments: Any field of `ULMFiTTrainingArguments`. They win over the plan's settings; what a phase
+            names itself stays.
+
+    Returns:
+        The result, which is also in `results.json`.
+
+    Raises:
+        InputError: Bad input, a folder that holds another run, or a resume whose plan, settings, data or model differ.
+    """
+    plan = plan if isinstance(plan, FineTuningPlan) else FineTuningPlan.load(plan)
+    args = run_arguments(plan, output_dir, training_arguments)
+    folder = RunFolder(Path(output_dir))
+    if isinstance(data, str):
+        data = load_text_classification(data, seed=args.seed)
+    model, tokenizer, model_name = _get_model(model, tokenizer, data, args, trust_remote_code)
+    group_names = layer_groups(model).names
+    phases = plan.expand(group_names)
+    _check_validation(phases, data)
+    description = describe_run(
+        plan.to_dict(),
+        args.to_dict() | {"max_length": max_length},
+        {
+            "source": data.source,
+            "fingerprint": data.fingerprint,
+            "rows": {name: len(split) for name, split in data.splits.items()},
+            "text_columns": list(data.text_columns),
+            "label_names": list(data.label_names),
+        },
+        {"name": model_name, "fingerprint": _fingerprint(model), "groups": list(group_names)},
+        args.world_size,
+    )
+    state = PartialState()
+    check_folder(folder, description, resume=resume, overwrite=overwrite)
+    state.wait_for_everyone()  # every process has looked before the first one writes
+    finished = None if overwrite else folder.read("results.json")
+    if finished is not None:
+        logger.warning(f"The run in {folder.path} is complete: nothing to do.")
+        return PlanResult.from_dict(folder.path, finished)
+    if state.is_main_process:
+        start_folder(folder, description, overwrite=overwrite)
+    state.wait_for_everyone()
+    splits = tokenize(data, tokenizer, max_length=max_length)
+    job = _Job(model, tokenizer, splits, args, folder, phases, compute_metrics, callbacks)
+    return _run_phases(job, plan.name)
+
+
+def _get_model(model, tokenizer, data, args, trust_remote_code):
+    """The model, its tokenizer and its name; the head of a named model is drawn from the run's seed."""
+    set_seed(args.seed)
+    if isinstance(model, str):
+        loaded, tokenizer = load_model_and_tokenizer(
+            model,
+            num_labels=len(data.label_names),
+            label_names=data.label_names,
+            trust_remote_code=trust_remote_code,
+        )
+        return loaded, tokenizer, model
+    if tokenizer is None:
+        raise InputError(
+            "A model object needs its tokenizer beside it: run_plan(..., model=model, tokenizer=tokenizer)"
+        )
+    if model.config.num_labels != len(data.label_names):
+        raise InputError(
+            f"The model has {model.config.num_labels} labels and the data {len(data.label_names)} "
+            f"({', '.join(data.label_names[:10])}): load the model with num_labels={len(data.label_names)}"
+        )
+    return model, tokenizer, type(model).__name__
+
+
+def _check_validation(phases: list[Phase], data: TextClassificationData) -> None:
+    needing = [phase.name for phase in phases if phase.keep == "best"]
+    if needing and "validation" not in data.splits:
+        raise InputError(f"Phase '{needing[0]}' chooses by the validation loss, and the data has no validation split")
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over names and bytes of all weights: the start of the run, to the bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _run_phases(job: _Job, plan_name: str) -> PlanResult:
+    results: list[PhaseResult] = []
+    weights: Path | None = None  # where the weights lie that the next phase starts from; None: they are in the model
+    trainer = None
+    for index, phase in enumerate(job.phases):
+        state = job.folder.phase_state(index, phase.name)
+        here = job.folder.phase_folder(index, phase.name)
+        if state["status"] == "done":
+            weights = here / "model"
+            results.append(_result(phase, state["result"]))
+            continue
+        if trainer is not None:
+            _release(trainer)
+        trainer = _phase_trainer(job, index)
+        if weights is not None:
+            trainer.load_weights(weights)
+        logger.warning(f"Phase {index + 1} of {len(job.phases)}, '{phase.name}', trains {_trains(job, phase)[1]}")
+        results.append(_run_phase(job, index, trainer))
+        weights = None
+    if trainer is None:  # every phase was done, and the run was stopped before its last lines
+        trainer = _phase_trainer(job, len(job.phases) - 1)
+        trainer.load_weights(weights)
+    return _finish(job, plan_name, trainer, results)
+
+
+def _result(phase: Phase, values: Mapping[str, Any]) -> PhaseResult:
+    return PhaseResult(**{**values, "name": phase.name, "trains": tuple(values["trains"])})
+
+
+def _trains(job: _Job, phase: Phase) -> tuple[tuple[str, ...], str]:
+    names = layer_groups(job.model).names
+    trained = tuple(names[i] for i in phase.groups_to_train(names))
+    if len(trained) == len(names):
+        return trained, f"all {len(names)} layer groups"
+    return trained, ", ".join(trained) if len(
+        trained
+    ) < 4 else f"{trained[0]} to {trained[-1]} ({len(trained)} groups)"
+
+
+def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
+    """A trainer for one phase: its groups trainable, its rates and length in the arguments."""
+    phase = job.phases[index]
+    args = phase_arguments(phase, job.args, job.folder.phase_folder(index, phase.name), index, job.splits)
+    train_only(job.model, phase.groups_to_train(layer_groups(job.model).names))
+    callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
+    if phase.until_overfit is not None:
+        until = phase.until_overfit
+        callbacks.append(StopWhenOverfit(patience=until.patience, min_delta=until.min_delta))
+    return ULMFiTTrainer(
+        model=job.model,
+        args=args,
+        train_dataset=job.splits["train"],
+        eval_dataset=job.splits.get("validation"),
+        processing_class=job.tokenizer,
+        data_collator=DataCollatorWithPadding(job.tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
+        compute_metrics=job.compute_metrics,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=discriminative_optimizer(args, trainable_only=True),
+    )
+
+
+def _run_phase(job: _Job, index: int, trainer: ULMFiTTrainer) -> PhaseResult:
+    phase = job.phases[index]
+    here = job.folder.phase_folder(index, phase.name)
+    checkpoint, skipped = last_good_checkpoint(here) if here.is_dir() else (None, [])
+    for path, reason in skipped:
+        logger.warning(f"Not resumed from {path}: {reason}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _PhaseClock))
+    result = PhaseResult(
+        name=phase.name,
+        trains=_trains(job, phase)[0],
+        learning_rate=_rate(trainer.args),
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        steps=trainer.state.global_step,
+        seconds=round(clock.seconds(), 1),
+        metrics=_kept_metrics(trainer),
+    )
+    if trainer.args.should_save:
+        with whole_folder(here / "model") as staging:
+            trainer.save_model(str(staging))
+        trainer.save_state()
+        values = dataclasses.asdict(result)
+        job.folder.write_phase_state(
+            index, phase.name, {"status": "done", "seconds": result.seconds, "result": values}
+        )
+        _tidy(job, index)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _rate(args: ULMFiTTrainingArguments) -> Any:
+    return args.learning_rate if args.learning_rate_low is None else (args.learning_rate_low, args.learning_rate)
+
+
+def _kept_metrics(trainer: ULMFiTTrainer) -> dict[str, float]:
+    """Validation metrics of the weights that go on: those logged at their step, evaluated now where there are none."""
+    if trainer.eval_dataset is None:
+        return {}
+    best = trainer.args.load_best_model_at_end
+    step = trainer.state.best_global_step if best else trainer.state.global_step
+    logged = [entry for entry in trainer.state.log_history if entry.get("step") == step and "eval_loss" in entry]
+    return clean_metrics(logged[-1] if logged else trainer.evaluate())
+
+
+def clean_metrics(metrics: Mapping[str, Any], prefix: str = "eval_") -> dict[str, float]:
+    """The scores among a trainer's metrics, without prefix, times and counts."""
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {key: value for key, value in named.items() if not key.endswith(timing)}
+
+
+def _tidy(job: _Job, index: int) -> None:
+    """Remove what this phase's result makes needless: its checkpoints, and the weights that it started from."""
+    done = job.folder.phase_folder(index, job.phases[index].name)
+    for checkpoint in done.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    if index > 0:
+        before = job.folder.phase_folder(index - 1, job.phases[index - 1].name)
+        shutil.rmtree(before / "model", ignore_errors=True)
+
+
+def _release(trainer: ULMFiTTrainer) -> None:
+    """Undo what Accelerate wrapped around the model, so that the next phase is prepared from the bare one."""
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+
+
+def _finish(job: _Job, plan_name: str, trainer: ULMFiTTrainer, results: list[PhaseResult]) -> PlanResult:
+    metrics = {}
+    if results[-1].metrics:
+        metrics["validation"] = results[-1].metrics
+    if "test" in job.splits:
+        scores = trainer.evaluate(job.splits["test"], metric_key_prefix="test")
+        metrics["test"] = clean_metrics(scores, "test_")
+    seconds = round(sum(result.seconds for result in results), 1)
+    result = PlanResult(job.folder.path, plan_name, results, metrics, seconds)
+    if trainer.args.should_save:
+        trainer.save_model(str(job.folder.path))
+        write_json(job.folder.path / "results.json", result.to_dict())
+        last = len(job.phases) - 1
+        shutil.rmtree(job.folder.phase_folder(last, job.phases[last].name) / "model", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+class _PhaseClock(TrainerCallback):
+    """Keeps `phase.json` at the state of the newest checkpoint, wall time summed over interruptions."""
+
+    def __init__(self, folder: RunFolder, index: int, name: str):
+        self.folder, self.index, self.name = folder, index, name
+        self.before = float(folder.phase_state(index, name).get("seconds", 0.0))
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time of the phase so far."""
+        return self.before + time.monotonic() - self.started
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the state beside the checkpoint that has just appeared."""
+        if state.is_world_process_zero:
+            values = {"status": "running", "step": state.global_step, "seconds": round(self.seconds(), 1)}
+            self.folder.write_phase_state(self.index, self.name, values)
+
+
+__all__ = ["PhaseResult", "PlanResult", "clean_metrics", "has_overfit", "run_plan"]

@@ -1,0 +1,131 @@
+"""Whose word counts: flags, then the plan's settings, then defaults; and what a phase makes of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+
+from ulmfit_tools.errors import InputError, nearest
+from ulmfit_tools.plans.phase import Phase
+from ulmfit_tools.plans.plan import FineTuningPlan
+from ulmfit_tools.trainer import ULMFiTTrainingArguments
+
+# What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch.
+_RUN_DEFAULTS = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2}
+
+# Training arguments that a run of phases decides itself, and what to use in their place.
+_MANAGED = {
+    "max_steps": "a phase's 'steps' says how long it trains",
+    "load_best_model_at_end": "a phase's 'keep: best' does this",
+    "metric_for_best_model": "'keep: best' goes by the validation loss",
+    "greater_is_better": "'keep: best' goes by the validation loss",
+    "resume_from_checkpoint": "--resume goes on from the last good checkpoint",
+    "save_only_model": "a checkpoint without optimizer could not be resumed",
+    "do_train": "train trains and evaluates",
+    "do_eval": "train trains and evaluates",
+    "do_predict": "the predict command predicts",
+    "remove_unused_columns": "the columns are those that the model reads",
+    "ignore_data_skip": "a resumed run would see other data",
+    "auto_find_batch_size": "a run whose batch size changes cannot be resumed to the bit",
+}
+
+# Arguments that serve only the phases that name none of their own: argument -> the phase's keys that replace it.
+_PHASE_KEYS = {
+    "learning_rate": ("learning_rate",),
+    "learning_rate_low": ("learning_rate", "factor"),
+    "num_train_epochs": ("epochs", "steps", "until_overfit"),
+    "lr_scheduler_type": ("schedule",),
+    "lr_scheduler_kwargs": ("schedule",),
+    "warmup_steps": ("schedule",),
+    "discriminative_factor": ("factor",),
+    "num_layer_groups": ("num_groups",),
+}
+
+
+def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[str, Any]) -> ULMFiTTrainingArguments:
+    """The training arguments of a run: what was given, then the plan's settings, then defaults.
+
+    Args:
+        plan: The plan to run.
+        output_dir: The run folder.
+        given: The arguments that the user set (flags and config file, or keyword arguments).
+
+    Raises:
+        InputError: An argument does not exist, is one that a plan manages, has a wrong value, or is one that every
+            phase of the plan names itself, so that it would silently do nothing.
+    """
+    names = [field.name for field in dataclasses.fields(ULMFiTTrainingArguments) if field.init]
+    for origin, values in ((f"Plan '{plan.name}', settings", plan.settings), ("Training arguments", given)):
+        for key in values:
+            if key in _MANAGED:
+                raise InputError(f"{origin}: {key} has no place in a run of phases: {_MANAGED[key]}")
+            if key not in names or key == "output_dir":
+                raise InputError(f"{origin}: there is no training argument {key!r}.{nearest(key, names)}")
+    for key in given:
+        _refuse_unused(plan, key)
+    try:
+        return ULMFiTTrainingArguments(
+            **{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given}  # type: ignore[arg-type]
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+
+
+def _refuse_unused(plan: FineTuningPlan, key: str) -> None:
+    replaced = _PHASE_KEYS.get(key)
+    if replaced and all(any(getattr(phase, own) is not None for own in replaced) for phase in plan.phases):
+        raise InputError(
+            f"--{key} would do nothing: every phase of plan '{plan.name}' names its own {' or '.join(replaced)}; "
+            "change the plan's file, or leave the flag out"
+        )
+
+
+def phase_arguments(
+    phase: Phase, args: ULMFiTTrainingArguments, folder: Path, index: int, splits: DatasetDict
+) -> ULMFiTTrainingArguments:
+    """The training arguments of one phase: the run's, with what the phase names itself in their place.
+
+    Args:
+        phase: The phase.
+        args: The run's arguments.
+        folder: Where the phase's checkpoints go.
+        index: The phase's 0-based place; its seed is the run's plus this, so no two phases see one data order.
+        splits: Tokenised splits; without `validation` there is nothing to evaluate on.
+    """
+    changes: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": args.seed + index,
+        "data_seed": None if args.data_seed is None else args.data_seed + index,
+    }
+    if phase.epochs is not None:
+        changes["num_train_epochs"] = phase.epochs
+    if phase.steps is not None:
+        changes["max_steps"] = phase.steps
+    if phase.until_overfit is not None:
+        changes["num_train_epochs"] = phase.until_overfit.max_epochs
+    if isinstance(phase.learning_rate, tuple):
+        changes |= {"learning_rate_low": phase.learning_rate[0], "learning_rate": phase.learning_rate[1]}
+    elif phase.learning_rate is not None:
+        changes |= {"learning_rate_low": None, "learning_rate": phase.learning_rate}
+    if isinstance(phase.learning_rate, tuple) or phase.factor is not None:
+        changes["discriminative_factor"] = phase.factor
+    if phase.factor is not None:
+        changes["learning_rate_low"] = None
+    if phase.num_groups is not None:
+        changes["num_layer_groups"] = phase.num_groups
+    if phase.schedule is not None:
+        changes |= {"lr_scheduler_type": phase.schedule, "lr_scheduler_kwargs": dict(phase.schedule_settings)}
+    if "validation" not in splits:
+        changes["eval_strategy"] = "no"
+    elif phase.keep == "best":
+        # The best checkpoint can only be kept where one is written at each evaluation.
+        changes |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "greater_is_better": False,
+            "save_strategy": args.eval_strategy,
+            "save_steps": args.eval_steps or args.save_steps,
+        }
+    return dataclasses.replace(args, **changes)

@@ -6,7 +6,9 @@ from transformers import BertConfig, BertForSequenceClassification
 VOCABULARY = 64
 
 
-def tiny_bert(num_labels: int = 3, num_hidden_layers: int = 4, seed: int = 0, **config) -> BertForSequenceClassification:
+def tiny_bert(
+    num_labels: int = 3, num_hidden_layers: int = 4, seed: int = 0, **config
+) -> BertForSequenceClassification:
     """A BERT classifier of 16 hidden units; the same seed gives the same weights."""
     settings = dict(
         vocab_size=VOCABULARY,
@@ -28,3 +30,18 @@ def token_rows(rows: int = 48, length: int = 8, num_labels: int = 3, seed: int =
     return [
         {"input_ids": row.tolist(), "attention_mask": [1] * length, "labels": int(row[1]) % num_labels} for row in ids
     ]
+
+
+def ragged_rows(rows: int = 40, num_labels: int = 3, seed: int = 0) -> list[dict]:
+    """As `token_rows`, with 3 to 16 tokens a row and no padding: `pad_rows` makes a batch of them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 17, (rows,), generator=generator).tolist()
+    ids = [torch.randint(5, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row[1] % num_labels} for row in ids]
+
+
+def pad_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A collator for `ragged_rows`."""
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}

@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ulmfit_tools.callbacks import GradualUnfreezing, LogGroupRates, StopWhenOverfit
+    from ulmfit_tools.callbacks import LogGroupRates, StopWhenOverfit
     from ulmfit_tools.data import load_text_classification
     from ulmfit_tools.errors import InputError
     from ulmfit_tools.freezing import freeze_to, unfreeze
+    from ulmfit_tools.gradual_unfreezing import GradualUnfreezing
     from ulmfit_tools.layers import LayerGroup, LayerGroups, layer_groups
     from ulmfit_tools.param_groups import discriminative_optimizer, discriminative_param_groups
     from ulmfit_tools.plans import FineTuningPlan, Phase, PlanResult, UntilOverfit, run_plan, shipped_plans
@@ -36,7 +37,7 @@ _MODULE_OF = {
     "get_one_cycle_schedule": "schedules",
     "freeze_to": "freezing",
     "unfreeze": "freezing",
-    "GradualUnfreezing": "callbacks",
+    "GradualUnfreezing": "gradual_unfreezing",
     "LogGroupRates": "callbacks",
     "StopWhenOverfit": "callbacks",
     "ULMFiTTrainer": "trainer",

@@ -17,6 +17,7 @@ from ulmfit_tools import __version__
 from ulmfit_tools.errors import InputError, nearest
 
 PROGRAM = "ulmfit-tools"
+_NOT_GIVEN = object()  # a default that no flag can have: which flags were given decides what a plan may set
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -45,7 +46,7 @@ class _TrainFlags:
     plan: str = _help(
         "A shipped plan (baseline, chain_thaw, gradual_unfreezing) or a YAML file.", "gradual_unfreezing"
     )
-    validation_fraction: float | None = _help(
+    validation_split: float | None = _help(
         "Share of the training rows to validate on where no split is given. 0.1."
     )
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
@@ -98,9 +99,12 @@ def _parse(command: str, flag_classes: Sequence[type], argv: Sequence[str], desc
         allow_abbrev=False,
         usage="%(prog)s [flags]",
     )
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
     for flag_class in flag_classes:
-        parser.set_defaults(**{f.name: argparse.SUPPRESS for f in dataclasses.fields(flag_class) if f.init})
-    return vars(parser.parse_args(list(argv)))
+        parser.set_defaults(**{f.name: _NOT_GIVEN for f in dataclasses.fields(flag_class) if f.init})
+    return {key: value for key, value in vars(parser.parse_args(list(argv))).items() if value is not _NOT_GIVEN}
 
 
 def _config_flags(argv: Sequence[str]) -> list[str]:
@@ -165,7 +169,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
         data_flags.dataset,
         text_columns=_columns(data_flags.text_column),
         label_column=data_flags.label_column,
-        validation_split=flags.validation_fraction,
+        validation_split=flags.validation_split,
         seed=training.get("seed", 42),
     )
     if _main_process():
@@ -196,7 +200,7 @@ def groups(argv: Sequence[str]) -> int:
     given = _parse("groups", [_ModelFlags, _GroupFlags], argv, _first_line(groups))
     flags, rates = _defaults(_ModelFlags, given), _defaults(_GroupFlags, given)
     _need("groups", flags, "model")
-    model, _ = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
+    model, _ = load_model_and_tokenizer(flags.model, label_names=["0", "1"], trust_remote_code=flags.trust_remote_code)
     found = layer_groups(model, rates.num_layer_groups)
     learning_rate = rates.learning_rate
     if rates.learning_rate_low is not None:
@@ -243,7 +247,7 @@ def predict(argv: Sequence[str]) -> int:
         raise InputError('predict needs texts: either --text "..." or --file texts.csv')
     if flags.output is not None and Path(flags.output).exists():
         raise InputError(f"{flags.output} exists already: choose another --output, nothing was written")
-    texts = flags.text if flags.text is not None else read_texts(flags.file, text_column=flags.text_column)
+    texts = flags.text if flags.text is not None else read_texts(flags.file, text_columns=_columns(flags.text_column))
     predictions = predict_texts(flags.model, texts, batch_size=flags.batch_size, max_length=flags.max_length)
     if flags.output is None:
         print_predictions(predictions)
@@ -283,8 +287,11 @@ def _overview() -> str:
 
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run one command and turn what a user can cause into one line and an exit code."""
+    from transformers.utils import logging
+
     from ulmfit_tools.trainer import TrainingInterrupted
 
+    logging.disable_progress_bar()  # those for files of weights, a line each; training has its own
     try:
         return command(argv)
     except InputError as error:
@@ -292,7 +299,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return 2
     except TrainingInterrupted as stop:
         print(f"{PROGRAM}: {stop}", file=sys.stderr)
-        return 128 + stop.signal
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -50,7 +50,9 @@ def has_overfit(
     metric: str = "eval_loss",
     greater_is_better: bool = False,
 ) -> bool:
-    """Whether the validation loss has turned up: the last `patience` evaluations did not improve on the best one.
+    """Whether the validation loss has turned up: `patience` evaluations in a row did not improve on the best one.
+
+    Once it has, it has: evaluations that a run adds after that change nothing.
 
     Args:
         history: `TrainerState.log_history`.
@@ -65,7 +67,9 @@ def has_overfit(
             best, waited = value, 0
         else:
             waited += 1
-    return waited >= patience
+        if waited >= patience:
+            return True
+    return False
 
 
 def check_metric(history: History, metric: str) -> None:

@@ -7,10 +7,10 @@ the order of use, needs no weights, no input and no device, and costs millisecon
 
 import ast
 import inspect
-import textwrap
 from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType
+from typing import TypeGuard
 
 from torch import nn
 
@@ -21,15 +21,17 @@ class Use:
 
     Args:
         name: The attribute.
+        called: Whether it is called, as in `self.pooler(x)` but not in `self.pooler.dense.weight.dtype`.
         loop: The innermost `for` loop around it (its header counts as inside), or `None`.
     """
 
     name: str
+    called: bool
     loop: int | None
 
 
 @cache
-def uses_in_forward(module_class: type[nn.Module]) -> tuple[Use, ...]:
+def uses_in_forward(module_class: type) -> tuple[Use, ...]:
     """The attributes of `self` that `forward` uses, in order of evaluation.
 
     Methods of the class are read where they are called, also through `super()`, and so is
@@ -50,7 +52,7 @@ def uses_in_forward(module_class: type[nn.Module]) -> tuple[Use, ...]:
 class _ForwardReader:
     """Walks the syntax tree of `forward` and of the methods that it calls, each once."""
 
-    module_class: type[nn.Module]
+    module_class: type
     uses: list[Use] = field(default_factory=list)
     loops: int = 0
     loop: int | None = None
@@ -71,17 +73,19 @@ class _ForwardReader:
 
     def _read_source(self, method: FunctionType, owner: type) -> None:
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # built in an interpreter without files, or compiled
+            source = inspect.getsource(method)
+            tree = ast.parse("if True:\n" + source if source[0].isspace() else source)  # indented in its class
+        except (OSError, TypeError, SyntaxError):  # compiled, or typed into an interpreter
             return
-        definition = tree.body[0]
-        if isinstance(definition, ast.FunctionDef) and definition.args.args:
-            _Visitor(self, owner, definition.args.args[0].arg).visit_all(definition.body)
+        for definition in ast.walk(tree):
+            if isinstance(definition, ast.FunctionDef) and definition.args.args:
+                _Visitor(self, owner, definition.args.args[0].arg).visit_all(definition.body)
+                return
 
-    def mention(self, name: str) -> None:
+    def note(self, name: str, called: bool) -> None:
         """Notes a use of an attribute, or reads on in the method that it is."""
         if not self.read_method(name, self.module_class.__mro__):
-            self.uses.append(Use(name, self.loop))
+            self.uses.append(Use(name, called, self.loop))
 
 
 class _Visitor(ast.NodeVisitor):
@@ -99,20 +103,23 @@ class _Visitor(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         for argument in [*node.args, *node.keywords]:
             self.visit(argument)
-        name = self._name_got_from_self(node)
-        if name is not None:
-            self.reader.mention(name)
-        elif isinstance(node.func, ast.Attribute) and _calls(node.func.value, "super"):
+        called, itself = self._attribute_of_self(node.func), self._attribute_of_self(node)
+        if called is not None:
+            self.reader.note(called, called=True)
+        elif itself is not None:
+            self.reader.note(itself, called=False)
+        elif isinstance(node.func, ast.Attribute) and _is_call_of(node.func.value, "super"):
             classes = self.reader.module_class.__mro__
             self.reader.read_method(node.func.attr, classes[classes.index(self.owner) + 1 :])
         else:
             self.visit(node.func)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if self._is_self(node.value):
-            self.reader.mention(node.attr)
-        else:
+        name = self._attribute_of_self(node)
+        if name is None:
             self.visit(node.value)
+        else:
+            self.reader.note(name, called=False)
 
     def visit_Compare(self, node: ast.Compare) -> None:
         # `if self.pooler is not None` is no use of the pooler.
@@ -132,21 +139,22 @@ class _Visitor(ast.NodeVisitor):
         self.visit_all([*node.body, *node.orelse])
         self.reader.loop = outer
 
-    def _is_self(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.self_name
-
-    def _name_got_from_self(self, node: ast.Call) -> str | None:
-        """`x` for `getattr(self, "x")`, and for `getattr(self, self.base_model_prefix)` with that class attribute."""
-        if not (_calls(node, "getattr") and len(node.args) >= 2 and self._is_self(node.args[0])):
-            return None
-        name = node.args[1]
-        if isinstance(name, ast.Constant):
-            return str(name.value)
-        if isinstance(name, ast.Attribute) and self._is_self(name.value):
-            value = getattr(self.reader.module_class, name.attr, None)
+    def _attribute_of_self(self, node: ast.AST) -> str | None:
+        """`x` for `self.x`, `getattr(self, "x")` and `getattr(self, self.prefix)` with a class attribute `prefix`."""
+        if isinstance(node, ast.Attribute) and self._is_self(node.value):
+            return node.attr
+        if _is_call_of(node, "getattr") and len(node.args) > 1 and self._is_self(node.args[0]):
+            name = node.args[1]
+            if isinstance(name, ast.Attribute) and self._is_self(name.value):
+                value = getattr(self.reader.module_class, name.attr, None)
+            else:
+                value = getattr(name, "value", None)  # of a constant
             return value if isinstance(value, str) else None
         return None
 
+    def _is_self(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.self_name
 
-def _calls(node: ast.AST, function: str) -> bool:
+
+def _is_call_of(node: ast.AST, function: str) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function

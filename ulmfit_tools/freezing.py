@@ -121,8 +121,9 @@ def _adapter_parameters(model: Any) -> set[int]:
 
     configs = [model.peft_config[adapter] for adapter in active]
     biases = {getattr(config, "bias", "none") for config in configs}
-    if "all" in biases:
-        trained |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if "all" in biases:  # all but that of a head that is kept beside its trained copy
+        kept = ".original_module."
+        trained |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias") and kept not in name}
     elif biases - {"none"}:  # "lora_only" and its like: the biases of the adapted layers
         layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
         trained |= {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}
@@ -136,7 +137,9 @@ def _fixed_by_class(model: nn.Module) -> set[str]:
 
     Built on the meta device: no memory, no random numbers. Other models do not say what is meant to stay fixed.
     """
-    found = next(((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
+    found = next(
+        ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None
+    )
     if found is None or not _needs_only_a_config(type(found[1])):
         return set()
     prefix, pretrained = found

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from ulmfit_tools.data import ensure_padding, load_for_evaluation, load_model_and_tokenizer, tokenize
-from ulmfit_tools.metrics import classification_scores, per_class_report
+from ulmfit_tools.data import ensure_padding, load_for_evaluation, load_model_and_tokenizer, text_length_limit, tokenize
+from ulmfit_tools.metrics import classification_metrics, per_class_report
 
 
 @dataclass(frozen=True)
@@ -79,33 +79,35 @@ def evaluate_model(
         label_column=label_column,
     )
     (split_name,) = data.splits
-    rows = tokenize(data, tokenizer, max_length=max_length or trained.get("max_length"))[split_name]
+    ensure_padding(tokenizer, classifier)
+    rows = tokenize(data, tokenizer, max_length=max_length or trained.get("max_length"), config=classifier.config)[split_name]
     logits = predict_logits(classifier, tokenizer, rows, batch_size=batch_size)
     predicted, labels = logits.argmax(-1), np.asarray(rows["labels"])
-    return Evaluation(
-        split_name, len(rows), classification_scores(predicted, labels), per_class_report(predicted, labels, names)
-    )
+    metrics = classification_metrics(EvalPrediction(logits, labels))
+    return Evaluation(split_name, len(rows), metrics, per_class_report(predicted, labels, names))
 
 
 def predict_texts(
-    model: str, texts: Sequence[str], *, batch_size: int = 64, max_length: int | None = None
+    model: str, texts: Sequence[str] | Sequence[tuple[str, str]], *, batch_size: int = 64, max_length: int | None = None
 ) -> list[Prediction]:
     """The most probable label of each text, in the order of the texts.
 
     Args:
         model: A run folder, any classifier's folder or a Hub name.
-        texts: The texts.
+        texts: The texts, or pairs of texts.
         batch_size: Texts at a time.
         max_length: Cut texts to this many tokens; by default to the length of the run's training.
     """
     classifier, tokenizer = load_model_and_tokenizer(model)
-    limit = max_length or _run_settings(model).get("max_length") or min(tokenizer.model_max_length, 10**6)
-    encoded = tokenizer(list(texts), truncation=limit < 10**6, max_length=limit if limit < 10**6 else None)
+    ensure_padding(tokenizer, classifier)
+    limit = text_length_limit(tokenizer, classifier.config, max_length or _run_settings(model).get("max_length"))
+    firsts, seconds = zip(*texts, strict=True) if isinstance(texts[0], tuple) else (texts, None)
+    encoded = tokenizer(list(firsts), seconds and list(seconds), truncation="longest_first", max_length=limit)
     rows = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
     logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size=batch_size))
     scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
     return [
-        Prediction(text, classifier.config.id2label[int(label)], float(score))
+        Prediction(text if isinstance(text, str) else " | ".join(text), classifier.config.id2label[int(label)], float(score))
         for text, label, score in zip(texts, labels, scores, strict=True)
     ]
 
@@ -117,7 +119,6 @@ def predict_logits(
 
     Batches are made of texts of like length, so that little is spent on padding.
     """
-    ensure_padding(tokenizer, model)
     device = PartialState().device
     model = model.to(device).eval()  # type: ignore[arg-type]
     collate = DataCollatorWithPadding(tokenizer)

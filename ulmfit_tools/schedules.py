@@ -230,7 +230,7 @@ def get_one_cycle_schedule(
     Raises:
         InputError: A value out of its range.
 
-    Source: Smith 2018 (arXiv:1803.09820), sections 4.1 and 4.2; fast.ai's `fit_one_cycle`; torch's `OneCycleLR`.
+    Source: Smith 2018 (arXiv:1803.09820); fast.ai's `fit_one_cycle`; torch's `OneCycleLR`.
     """
     _check_number("num_training_steps", num_training_steps, low=1, whole=True)
     _check_number("pct_start", pct_start, low=0, high=0.5 if three_phase else 1)
@@ -476,7 +476,7 @@ def _check_number(
     whole: bool = False,
 ) -> None:
     """Refuse what is not a number within the bounds; settings come from YAML files and command lines."""
-    every = [(low, "at least", ge), (above, "above", gt), (high, "at most", le), (below, "below", lt)]
+    every = [(low, "of at least", ge), (above, "above", gt), (high, "at most", le), (below, "below", lt)]
     bounds = [(bound, words, holds) for bound, words, holds in every if bound is not None]
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
         number = float(value)
@@ -488,5 +488,7 @@ def _check_number(
 
 def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        choices = " or ".join(str(choice) for choice in allowed)
-        raise InputError(f"{name} must be {choices}.{nearest(value, map(str, allowed))} Received: {name}={value!r}")
+        names = [str(choice) for choice in allowed]
+        raise InputError(
+            f"{name} must be one of {', '.join(names)}.{nearest(value, names)} Received: {name}={value!r}"
+        )

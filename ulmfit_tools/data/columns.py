@@ -10,7 +10,9 @@ from ulmfit_tools.errors import InputError, nearest
 TEXT_NAMES: tuple[frozenset[str], ...] = (
     frozenset({"text"}),
     frozenset({"sentence", "content", "document", "review", "question", "query", "utterance", "texts"}),
-    frozenset({"body", "comment", "tweet", "message", "description", "abstract", "post", "input", "title", "headline"}),
+    frozenset(
+        {"body", "comment", "tweet", "message", "description", "abstract", "post", "input", "title", "headline"}
+    ),
 )
 LABEL_NAMES: tuple[frozenset[str], ...] = (
     frozenset({"label", "labels"}),
@@ -96,16 +98,18 @@ def choose_columns(
     if given is None:
         given = _guess_text(sample, taken=label, where=where)
         quoted = " and ".join(f'"{name}"' for name in given)
-        notes.append(f"Text column{'s' if len(given) > 1 else ''}: {quoted} (guessed; --text_column says otherwise).")
-    return Columns(text=given, label=label, notes=tuple(reversed(notes)))
+        notes.insert(
+            0, f"Text column{'s' if len(given) > 1 else ''}: {quoted} (guessed; --text_column says otherwise)."
+        )
+    if "labels" in given and label != "labels":
+        raise InputError(f'A text column of {where} is called "labels", the name of the classes later on. Rename it.')
+    return Columns(text=given, label=label, notes=tuple(notes))
 
 
 def require_column(name: str, available: Sequence[str], where: str) -> None:
     """Raises an `InputError` that lists the columns there are, unless `name` is one of them."""
     if name not in available:
-        raise InputError(
-            f'{where} has no column "{name}". Columns: {_listed(available)}.{nearest(name, available)}'
-        )
+        raise InputError(f'{where} has no column "{name}". Columns: {_listed(available)}.{nearest(name, available)}')
 
 
 def _guess_text(sample: Mapping[str, Sequence[Any]], *, taken: str | None, where: str) -> tuple[str, ...]:
@@ -135,12 +139,15 @@ def _guess_label(sample: Mapping[str, Sequence[Any]], *, taken: Sequence[str], w
     if not found:
         found = [name for lower, name in by_lower.items() if {"label", "class", "category"} & set(lower.split("_"))]
     if not found:
-        found = [name for name in names if name.lower() not in TEXT_NAMES[0] and _has_few_values(sample[name])]
+        surely_text = TEXT_NAMES[0] | TEXT_NAMES[1]
+        found = [name for name in names if name.lower() not in surely_text and _has_few_values(sample[name])]
     if len(found) == 1:
         return found[0]
     flag = "Name one with --label_column (label_column=...)"
     if found:
         raise InputError(f"{where} has several columns that could be the label: {_listed(found)}. {flag}.")
+    if where.endswith(".txt"):
+        raise InputError(f'{where} has texts without labels. Write each line as "__label__NAME text".')
     raise InputError(f"No column of {where} is surely the label. Columns: {_listed(list(sample))}. {flag}.")
 
 
@@ -157,8 +164,9 @@ def _present(values: Sequence[Any]) -> list[Any]:
 
 
 def _is_text(values: Sequence[Any]) -> bool:
+    # Mostly is enough: the reader names the row that is no text, which says more than "no text column".
     present = _present(values)
-    return bool(present) and all(isinstance(value, str) for value in present)
+    return bool(present) and sum(isinstance(value, str) for value in present) >= len(present) / 2
 
 
 def _is_scalar(values: Sequence[Any]) -> bool:
@@ -167,12 +175,14 @@ def _is_scalar(values: Sequence[Any]) -> bool:
 
 def _looks_like_sentences(values: Sequence[Any]) -> bool:
     present = _present(values)
-    return sum(" " in value.strip() for value in present) > len(present) / 2
+    return sum(isinstance(value, str) and " " in value.strip() for value in present) > len(present) / 2
 
 
 def _has_few_values(values: Sequence[Any]) -> bool:
     present = _present(values)
-    return bool(present) and len(set(present)) <= max(2, MAX_CLASS_SHARE * len(present))
+    if not present or (_is_text(values) and _looks_like_sentences(values)):
+        return False
+    return len(set(present)) <= max(2, MAX_CLASS_SHARE * len(present))
 
 
 def _listed(names: Sequence[str], limit: int = 20) -> str:

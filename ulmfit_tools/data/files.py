@@ -1,4 +1,4 @@
-"""Rows of local files as a memory-mapped dataset: each row is checked while it is written to the cache of `datasets`."""
+"""Rows of local files as a memory-mapped dataset: each is checked while it is written to the cache of `datasets`."""
 
 import hashlib
 import json
@@ -69,6 +69,8 @@ def read_files(paths: Sequence[Path], text_columns: Sequence[str], label_column:
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
+            if isinstance(error.__cause__, UnicodeEncodeError):  # JSON can escape half a character: \ud800
+                raise InputError(f"{paths[0].name} has characters that are not Unicode: {error.__cause__}") from None
             raise
 
 
@@ -142,7 +144,7 @@ def _state(path: Path) -> list[Any]:
 
 @contextmanager
 def few_progress_bars(size: int) -> Iterator[None]:
-    """Hides the progress bars of `datasets` for work on fewer than `QUIET_BYTES` bytes: it is done before one helps."""
+    """Hides the progress bars of `datasets` for work on few bytes: it is done before one helps."""
     if are_progress_bars_disabled() or size > QUIET_BYTES:
         yield
         return

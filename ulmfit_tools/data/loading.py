@@ -1,24 +1,22 @@
 """Labelled text from any source as checked, memory-mapped splits with one `labels` column."""
 
-import hashlib
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 
 from ulmfit_tools.data.columns import Columns, choose_columns, require_column
-from ulmfit_tools.data.sources import DatasetSplit, Source, Split, open_source
+from ulmfit_tools.data.fingerprint import content_fingerprint
+from ulmfit_tools.data.labels import require_classes, some, sorted_labels, unified, with_labels
+from ulmfit_tools.data.readers import nearest_path
+from ulmfit_tools.data.sources import Source, Split, open_source
 from ulmfit_tools.data.splitting import stratified_split, text_groups
 from ulmfit_tools.errors import InputError, nearest
 
 DEFAULT_VALIDATION_SPLIT = 0.1
-INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ def load_text_classification(
     """Loads labelled texts for training.
 
     Args:
-        source: A `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet` or `.txt` file (fastText lines, `__label__NAME text`), a
-            folder of such files named after their splits, a `datasets.save_to_disk` folder, the name of a dataset on
-            the Hub, or `stdlib-docs`.
+        source: A `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet` or `.txt` file (fastText's `__label__NAME text` lines),
+            a folder of such files named after their splits, a `datasets.save_to_disk` folder, the name of a dataset
+            on the Hub, or `stdlib-docs`.
         text_columns: One column, or two for text pairs, as a list or with a comma between them; guessed if `None`.
         label_column: The column of classes: texts, whole numbers, or true and false; guessed if `None`.
         validation_split: The share of the training rows to hold out as validation where the source has no such split;
@@ -73,34 +71,24 @@ def load_text_classification(
     """
     opened = open_source(source, config_name=config_name, revision=revision)
     _require_train(opened, source, validation_split)
-    columns = choose_columns(
-        opened.splits["train"].sample(),
-        where=opened.splits["train"].where,
-        text_columns=text_columns,
-        label_column=label_column,
-    )
+    train = opened.splits["train"]
+    columns = choose_columns(train.sample(), where=train.where, text_columns=text_columns, label_column=label_column)
     assert columns.label is not None  # choose_columns was asked for one
     notes = [*opened.notes, *columns.notes]
-    texts, labels, names = {}, {}, {}
-    for name, split in opened.splits.items():
-        if name != "train" and isinstance(split, DatasetSplit) and not split.has_labels(columns.label):
-            notes.append(f"Split {name} left out: its labels are hidden.")
-            continue
-        if name != "train":
-            _require_columns(split, columns)
-        names[name] = split.class_names(columns.label)
-        texts[name], labels[name] = split.read(columns.text, columns.label)
-    labels = _unified(labels)
-    label_names = names["train"] or sorted_labels(pc.unique(labels["train"]).to_pylist())
-    _require_classes(labels, opened.splits)
-    made = {name: _with_labels(texts[name], labels[name], label_names) for name in texts}
+    declared = train.class_names(columns.label)
+    texts, labels = _read_splits(opened, columns, notes)
+    if declared is None:
+        labels = unified(labels)
+    label_names = declared or sorted_labels(pc.unique(labels["train"]).to_pylist())
+    require_classes(labels, opened.splits)
+    made = {name: with_labels(texts[name], labels[name], label_names) for name in texts}
     if "validation" not in made and validation_split != 0:
         share = DEFAULT_VALIDATION_SPLIT if validation_split is None else validation_split
         made = _with_validation(made, columns.text, label_names, share, seed)
+        rows = len(made["validation"])
         notes.append(
-            f"No validation split was given: {len(made['validation']):,} of "
-            f"{len(made['train']) + len(made['validation']):,} training rows are held out as one "
-            f"(share {share:g}, stratified by class, seed {seed})."
+            f"No validation split was given: {rows:,} of {rows + len(made['train']):,} training rows are held out as "
+            f"one (share {share:g}, stratified by class, seed {seed})."
         )
     return _assembled(made, columns, label_names, str(source), notes)
 
@@ -139,29 +127,25 @@ def load_for_evaluation(
             f'{source} has no split "{name}". Splits: {", ".join(opened.splits)}.{nearest(name, opened.splits)}'
         )
     chosen = opened.splits[name]
-    columns = choose_columns(
-        chosen.sample(), where=chosen.where, text_columns=text_columns, label_column=label_column
-    )
+    columns = choose_columns(chosen.sample(), where=chosen.where, text_columns=text_columns, label_column=label_column)
     assert columns.label is not None  # choose_columns was asked for one
     texts, labels = chosen.read(columns.text, columns.label)
     found = pc.unique(labels).to_pylist()
     if not set(found) <= set(label_names):
-        labels = _unified({name: labels})[name]
+        labels = unified({name: labels})[name]
         found = pc.unique(labels).to_pylist()
     unknown = sorted_labels(set(found) - set(label_names))
     if unknown:
         raise InputError(
-            f"{chosen.where} has labels that the model does not know: {_some(unknown)}. "
-            f"The model knows: {_some(label_names)}"
+            f"{chosen.where} has labels that the model does not know: {some(unknown)}. "
+            f"The model knows: {some(label_names)}"
         )
     notes = [*opened.notes, *columns.notes, f"Evaluating on split {name}: {len(texts):,} rows."]
-    made = {name: _with_labels(texts, labels, list(label_names))}
+    made = {name: with_labels(texts, labels, list(label_names))}
     return _assembled(made, columns, list(label_names), str(source), notes)
 
 
-def read_texts(
-    path: str | Path, text_columns: str | Sequence[str] | None = None
-) -> list[str] | list[tuple[str, str]]:
+def read_texts(path: str | Path, text_columns: str | Sequence[str] | None = None) -> list[str] | list[tuple[str, str]]:
     """The texts of a file, without labels, to be classified.
 
     Args:
@@ -175,52 +159,12 @@ def read_texts(
         InputError: The file is missing or broken, or a text is empty.
     """
     if not Path(path).expanduser().is_file():
-        beside = Path(path).expanduser().parent
-        names = [str(Path(path).parent / other.name) for other in beside.iterdir()] if beside.is_dir() else []
-        raise InputError(f"There is no file {path}.{nearest(str(path), names)}")
+        raise InputError(f"There is no file {path}.{nearest_path(Path(path).expanduser())}")
     split = open_source(path).splits["train"]
     columns = choose_columns(split.sample(), where=split.where, text_columns=text_columns, with_label=False)
     texts, _ = split.read(columns.text, None)
     by_column = [list(texts[name]) for name in columns.text]
     return by_column[0] if len(by_column) == 1 else list(zip(*by_column, strict=True))
-
-
-def sorted_labels(labels: Sequence[str] | set[str]) -> list[str]:
-    """Label names in a fixed order: as numbers where all of them are whole numbers, else by character."""
-    if all(INTEGER.fullmatch(label) for label in labels):
-        return sorted(labels, key=lambda label: (int(INTEGER.fullmatch(label)[1]), label))
-    return sorted(labels)
-
-
-def content_fingerprint(splits: Mapping[str, Dataset], text_columns: Sequence[str], header: Sequence[object]) -> str:
-    """A SHA-256 of rows and their meaning that depends on nothing but them: no path, no cache, no batch size.
-
-    Args:
-        splits: The splits, with the text columns and `labels`; read in batches.
-        text_columns: The columns that are hashed beside `labels`.
-        header: What else the data means, such as the label names; JSON values.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    total = hashlib.sha256(json.dumps([*header, {name: len(split) for name, split in splits.items()}]).encode())
-    for split in splits.values():
-        hashes = [hashlib.sha256() for _ in range(2 * len(text_columns) + 1)]
-        for table in split.with_format("arrow").iter(batch_size=10_000):
-            for place, name in enumerate(text_columns):
-                texts = table.column(name).cast(pa.large_string()).combine_chunks()
-                lengths = pc.binary_length(texts)
-                # Lengths beside the joined bytes: "ab", "c" and "a", "bc" must differ.
-                hashes[2 * place].update(lengths.to_numpy().astype("<i8").tobytes())
-                hashes[2 * place + 1].update(pc.binary_join(_listed(texts), "").to_pylist()[0].encode())
-            hashes[-1].update(table.column("labels").to_numpy().astype("<i8").tobytes())
-        for part in hashes:
-            total.update(part.digest())
-    return total.hexdigest()
-
-
-def _listed(texts: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
 
 
 def _require_train(opened: Source, source: str | Path, validation_split: float | None) -> None:
@@ -235,43 +179,24 @@ def _require_train(opened: Source, source: str | Path, validation_split: float |
         )
 
 
+def _read_splits(
+    opened: Source, columns: Columns, notes: list[str]
+) -> tuple[dict[str, Dataset], dict[str, pa.ChunkedArray]]:
+    texts, labels = {}, {}
+    for name, split in opened.splits.items():
+        if name != "train" and not split.has_labels(str(columns.label)):
+            notes.append(f"Split {name} left out: its labels are hidden.")
+            continue
+        if name != "train":
+            _require_columns(split, columns)
+        texts[name], labels[name] = split.read(columns.text, columns.label)
+    return texts, labels
+
+
 def _require_columns(split: Split, columns: Columns) -> None:
     available = list(split.sample())
     for name in (*columns.text, columns.label):
         require_column(str(name), available, split.where)
-
-
-def _unified(labels: Mapping[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]:
-    """Writes 1.0 as 1 where every label of every split is a whole number: tools write such columns both ways."""
-    found = {name: pc.unique(column) for name, column in labels.items()}
-    every = {label for values in found.values() for label in values.to_pylist()}
-    if not all(INTEGER.fullmatch(label) for label in every) or not any("." in label for label in every):
-        return dict(labels)
-    whole = {name: pa.array([INTEGER.fullmatch(label)[1] for label in found[name].to_pylist()]) for name in labels}
-    return {
-        name: pa.chunked_array([pc.take(whole[name], pc.index_in(chunk, found[name])) for chunk in column.chunks])
-        for name, column in labels.items()
-    }
-
-
-def _require_classes(labels: Mapping[str, pa.ChunkedArray], splits: Mapping[str, Split]) -> None:
-    trained = set(pc.unique(labels["train"]).to_pylist())
-    if len(trained) < 2:
-        raise InputError(
-            f"{splits['train'].where} has one class only: {_some(list(trained))}. A classifier needs at least two."
-        )
-    for name, column in labels.items():
-        unknown = sorted_labels(set(pc.unique(column).to_pylist()) - trained)
-        if unknown:
-            raise InputError(
-                f"{splits[name].where} has labels that the training rows lack: {_some(unknown)}. "
-                f"The training rows have: {_some(sorted_labels(trained))}"
-            )
-
-
-def _with_labels(texts: Dataset, labels: pa.ChunkedArray, label_names: list[str]) -> Dataset:
-    indices = pc.index_in(labels, pa.array(label_names, pa.string())).to_numpy().astype(np.int64)
-    return texts.add_column("labels", indices, feature=ClassLabel(names=label_names))
 
 
 def _with_validation(
@@ -299,7 +224,3 @@ def _assembled(
         source=source,
         notes=notes,
     )
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

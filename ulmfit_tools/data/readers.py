@@ -7,8 +7,9 @@ label may well read like that.
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 
-from ulmfit_tools.errors import InputError
+from ulmfit_tools.errors import InputError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 FASTTEXT_PREFIX = "__label__"
 BATCH_ROWS = 1000
-UNQUOTED: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
 
 
 def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -47,7 +47,12 @@ def class_names(path: Path) -> dict[str, list[str]]:
         return {}
     with readable(path):
         features = Features.from_arrow_schema(pq.read_schema(path))
-    return {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    return {name: stripped_names(feature) for name, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def stripped_names(feature: ClassLabel) -> list[str]:
+    """Declared label names as the labels of all sources are read: without spaces around them."""
+    return [name.strip() for name in feature.names]
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -55,13 +60,12 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[i
     _require_distinct(file.schema_arrow.names, path)
     names = class_names(path)
     wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-    number = 0
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-        for number, row in enumerate(batch.to_pylist(), start=number + 1):
-            for name in names.keys() & row.keys():
-                index = row[name]
-                row[name] = names[name][index] if index is not None and index >= 0 else None
-            yield number, row
+    batches = file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
+    for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1):
+        for name in names.keys() & row.keys():
+            index = row[name]
+            row[name] = names[name][index] if index is not None and index >= 0 else None
+        yield number, row
 
 
 def _require_distinct(names: Sequence[str], path: Path) -> None:
@@ -75,7 +79,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     start = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, **_csv_format(path))
+            dialect, separator = _csv_format(path)
+            reader = csv.reader(file, dialect, delimiter=separator)
             header = [name.strip() for name in next(reader, [])]
             _require_distinct(header, path)
             start = reader.line_num + 1
@@ -94,29 +99,37 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         csv.field_size_limit(limit)
 
 
-def _csv_format(path: Path) -> dict[str, Any]:
-    """Separator and quoting. A tsv is often written without any quoting, so that a lone quote in it is a character."""
+class _Quoted(csv.excel):
+    strict = True
+
+
+class _Unquoted(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
+    quotechar = None
+
+
+def _csv_format(path: Path) -> tuple[type[csv.Dialect], str]:
+    """Quoting and separator. A tsv is often written without any quoting, so that a lone quote in it is a character."""
     if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
-        separators = [mark for mark in (",", "\t", ";") if mark in header]
-        return {"delimiter": separators[0] if separators else ",", "strict": True}
-    quoted = {"delimiter": "\t", "strict": True}
+        return _Quoted, next((mark for mark in (",", "\t", ";") if mark in header), ",")
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            reader = csv.reader(file, **quoted)
+            reader = csv.reader(file, _Quoted, delimiter="\t")
             width = len(next(reader, []))
-            return quoted if all(len(row) in (0, width) for row in reader) else UNQUOTED
+            return (_Quoted if all(len(row) in (0, width) for row in reader) else _Unquoted), "\t"
         except csv.Error:
-            return UNQUOTED
+            return _Unquoted, "\t"
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "").lstrip()
         file.seek(0)
+        rows: Iterable[tuple[int, Any]]
         if start.startswith("["):
-            rows = enumerate(_parse_json(file.read(), f"{path.name}"), start=1)
+            rows = enumerate(_parse_json(file.read(), path.name), start=1)
         else:
             rows = (
                 (number, _parse_json(line, f"{path.name} line {number}"))
@@ -126,7 +139,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in rows:
             if not isinstance(row, dict):
                 raise InputError(
-                    f"{path.name} line {number} is not an object. Give one JSON object a line, or a list of objects, "
+                    f"{path.name}: row {number} is not an object. Give one JSON object a line, or a list of objects, "
                     'each like {"text": "...", "label": "..."}.'
                 )
             yield number, row
@@ -144,7 +157,13 @@ def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         first = file.readline()
         file.seek(0)
         labelled = first.startswith(FASTTEXT_PREFIX)
+        blank = None
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                blank = blank or number
+                continue
+            if blank is not None:  # blank lines at the end do no harm
+                raise InputError(f"{path.name} line {blank} is empty. Remove it or give it a text.")
             text = line.rstrip("\n")
             if not labelled:
                 yield number, {"text": text}
@@ -158,9 +177,16 @@ def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, {"text": text, "label": label.removeprefix(FASTTEXT_PREFIX)}
 
 
+def nearest_path(path: Path, *, folders: bool = False) -> str:
+    """The end of an error line about a missing path: the file, or the folder, beside it that was probably meant."""
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [other.name for other in path.parent.iterdir() if not folders or other.is_dir()])
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns a decoding error into a line that names the file and the line in it."""
+    """Turns what reading a file raises into one line that names the file, and where in it."""
     try:
         yield
     except UnicodeDecodeError:
@@ -174,5 +200,7 @@ def readable(path: Path) -> Iterator[None]:
                         f"{path.name} line {number} is not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8."
                     ) from None
         raise
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read: {error.strerror or error}") from None
     except pa.ArrowInvalid as error:
         raise InputError(f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None

@@ -4,20 +4,21 @@ Each source is opened as splits that give a sample of rows (to choose columns by
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, DownloadConfig, Features, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from ulmfit_tools.data.files import SAMPLE_ROWS, read_files, sample_rows
-from ulmfit_tools.data.hub import hub_answers
-from ulmfit_tools.data.readers import EXTENSIONS, class_names
-from ulmfit_tools.errors import InputError, nearest
+from ulmfit_tools.data.hub import hub_answers, hub_or_cache
+from ulmfit_tools.data.readers import EXTENSIONS, class_names, nearest_path, stripped_names
+from ulmfit_tools.errors import InputError
 
 STDLIB_DOCS = "stdlib-docs"
 SPLIT_WORDS = {
@@ -27,72 +28,91 @@ SPLIT_WORDS = {
 }  # fmt: skip
 
 
-class Split(Protocol):
+class Split(ABC):
     """One split of a source, before columns are chosen."""
 
-    where: str
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """What to call the split in messages."""
 
+    @abstractmethod
     def sample(self) -> dict[str, list[Any]]:
         """The first rows as column name -> values."""
 
+    @abstractmethod
     def class_names(self, column: str) -> list[str] | None:
         """The label names that the data itself declares for a column, in their order."""
 
+    @abstractmethod
     def read(self, text_columns: Sequence[str], label_column: str | None) -> tuple[Dataset, pa.ChunkedArray | None]:
-        """The texts, memory-mapped, and the labels as strings."""
+        """The texts, memory-mapped, and the labels as strings; neither is empty in any row."""
+
+    def has_labels(self, column: str) -> bool:
+        """Whether any row has a label: the Hub's test sets often hide theirs behind -1."""
+        return True
 
 
 @dataclass(frozen=True)
-class FileSplit:
+class FileSplit(Split):
     """A split in one local file, or in shards of the same format."""
 
     paths: tuple[Path, ...]
 
     @property
     def where(self) -> str:
+        """The name of the file, or of its first shard."""
         return self.paths[0].name
 
     def sample(self) -> dict[str, list[Any]]:
+        """The first rows of the file, read strictly."""
         return sample_rows(self.paths[0])
 
     def class_names(self, column: str) -> list[str] | None:
+        """The names that a Parquet file written by `datasets` declares."""
         return class_names(self.paths[0]).get(column)
 
     def read(self, text_columns: Sequence[str], label_column: str | None) -> tuple[Dataset, pa.ChunkedArray | None]:
+        """Reads and checks every row once; the next time, the rows come from the cache of `datasets`."""
         rows = read_files(self.paths, text_columns, label_column)
         labels = None if label_column is None else column_of(rows, label_column)
         return rows.select_columns(list(text_columns)), labels
 
 
 @dataclass(frozen=True)
-class DatasetSplit:
+class DatasetSplit(Split):
     """A split that is a `datasets.Dataset` already."""
 
     dataset: Dataset
-    where: str
+    name: str
+
+    @property
+    def where(self) -> str:
+        """The name of the source and the split."""
+        return self.name
 
     def sample(self) -> dict[str, list[Any]]:
-        # Only plain columns: an image or a nested one is neither text nor label, and may be costly to decode.
-        plain = [
-            name for name, feature in self.dataset.features.items() if isinstance(feature, (Value, ClassLabel))
-        ]
+        """The first rows of the plain columns: a nested one is neither text nor label, an image costly to decode."""
+        plain = [name for name, feature in self.dataset.features.items() if isinstance(feature, (Value, ClassLabel))]
         rows = self.dataset.select_columns(plain).select(range(min(SAMPLE_ROWS, len(self.dataset))))
         if len(rows) == 0:
             raise InputError(f"{self.where} has no rows. Give a split with at least one row a class.")
         return rows.to_dict()
 
     def class_names(self, column: str) -> list[str] | None:
+        """The names of a `ClassLabel` feature."""
         feature = self.dataset.features.get(column)
-        return feature.names if isinstance(feature, ClassLabel) else None
+        return stripped_names(feature) if isinstance(feature, ClassLabel) else None
 
     def read(self, text_columns: Sequence[str], label_column: str | None) -> tuple[Dataset, pa.ChunkedArray | None]:
+        """Checks the columns in batches."""
         for name in text_columns:
             _require_texts(self.dataset, name, self.where)
         labels = None if label_column is None else self._labels(label_column)
         return self.dataset.select_columns(list(text_columns)), labels
 
     def has_labels(self, column: str) -> bool:
-        """Whether any row has a label: the Hub's test sets often hide theirs behind -1."""
+        """Whether any index is not negative."""
         if not isinstance(self.dataset.features.get(column), ClassLabel):
             return True
         return bool(pc.any(pc.greater_equal(column_of(self.dataset, column), 0)).as_py())
@@ -149,8 +169,7 @@ def open_source(source: str | Path, *, config_name: str | None = None, revision:
         return _folder_source(path)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and path.suffix.lower() not in EXTENSIONS:
         return _hub_source(str(source), config_name, revision)
-    beside = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise InputError(f"There is no file or folder {source}.{nearest(str(path), beside)}")
+    raise InputError(f"There is no file or folder {source}.{nearest_path(path)}")
 
 
 def column_of(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -183,7 +202,9 @@ def _folder_source(folder: Path) -> Source:
             f"No file in {folder} names its split: train, validation (or valid, val, dev) and test, as in train.csv. "
             f"Formats: {', '.join(EXTENSIONS)}. Found: {', '.join(ignored) or 'nothing in these formats'}"
         )
-    splits = {name: FileSplit(_shards(name, found[name])) for name in ("train", "validation", "test") if name in found}
+    splits: dict[str, Split] = {
+        name: FileSplit(_shards(name, found[name])) for name in ("train", "validation", "test") if name in found
+    }
     notes = (f"Left out of {folder.name}, as their names say no split: {', '.join(ignored)}.",) if ignored else ()
     return Source(splits, notes)
 
@@ -204,9 +225,8 @@ def _shards(split: str, files: list[Path]) -> tuple[Path, ...]:
 def _hub_source(name: str, config_name: str | None, revision: str | None) -> Source:
     online = hub_answers()
     try:
-        loaded = load_dataset(
-            name, config_name, revision=revision, download_config=DownloadConfig(local_files_only=not online)
-        )
+        with hub_or_cache(online):
+            loaded = load_dataset(name, config_name, revision=revision)
     except DatasetNotFoundError:
         raise InputError(f'There is no file or folder "{name}" here, and no such dataset on the Hub.') from None
     except (OSError, ValueError, RuntimeError) as error:

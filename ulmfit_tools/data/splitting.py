@@ -46,11 +46,13 @@ def stratified_split(
     _require_pairs(labels, label_names)
     label_of_group = labels[first_rows]
     group_sizes = np.bincount(group_of)
-    generator = np.random.default_rng(seed)
+    # The raw stream of PCG64 is fixed for good, unlike numpy's own ways of shuffling with it.
+    stream = np.random.PCG64(seed)
     held_out = np.zeros(len(group_sizes), dtype=bool)
     for label in np.unique(label_of_group):
         candidates = np.flatnonzero(label_of_group == label)
-        held_out[_draw(generator.permutation(candidates), group_sizes, fraction)] = True
+        order = np.argsort(stream.random_raw(len(candidates)), kind="stable")
+        held_out[_draw(candidates[order], group_sizes, fraction)] = True
     return np.flatnonzero(~held_out[group_of]), np.flatnonzero(held_out[group_of])
 
 

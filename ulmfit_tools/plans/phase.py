@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.trainer_utils import SchedulerType
+
 from ulmfit_tools.errors import InputError, nearest
-from ulmfit_tools.schedules import check_schedule
+from ulmfit_tools.schedules import SCHEDULES, check_schedule
 
 LearningRate = float | tuple[float, float]
 
@@ -90,8 +92,15 @@ class Phase:
             raise InputError(f"{self._at('keep')} must be one of {', '.join(KEEP_CHOICES)}. Received: {self.keep!r}")
         if self.until_overfit is not None and self.keep != "best":
             object.__setattr__(self, "keep", "best")  # past the turn the last weights are the overfitted ones
-        if self.schedule is not None:
+        if self.schedule in SCHEDULES:
             check_schedule(self.schedule, self.schedule_settings)
+        elif self.schedule is not None:
+            names = [*SCHEDULES, *(known.value for known in SchedulerType)]
+            if self.schedule not in names:
+                raise InputError(
+                    f"{self._at('schedule')} must be one of {', '.join(names)}. Received: {self.schedule!r}."
+                    f"{nearest(self.schedule, names)}"
+                )
         elif self.schedule_settings:
             raise InputError(f"{self._at('schedule_settings')} needs a schedule beside it: name one with 'schedule'")
 

@@ -20,19 +20,24 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ulmfit_tools.callbacks import StopWhenOverfit, has_overfit
+from ulmfit_tools.callbacks import StopWhenOverfit
 from ulmfit_tools.checkpoints import last_good_checkpoint, whole_folder, write_json
-from ulmfit_tools.data import TextClassificationData, load_model_and_tokenizer, load_text_classification, tokenize
+from ulmfit_tools.data import (
+    TextClassificationData,
+    ensure_padding,
+    load_model_and_tokenizer,
+    load_text_classification,
+    tokenize,
+)
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.freezing import train_only
+from ulmfit_tools.freezing import set_trainable
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.metrics import classification_metrics
-from ulmfit_tools.param_groups import discriminative_optimizer
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.plans.record import RunFolder, check_folder, describe_run, start_folder
 from ulmfit_tools.plans.settings import phase_arguments, run_arguments
-from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -183,7 +188,8 @@ def run_plan(
     if state.is_main_process:
         start_folder(folder, description, overwrite=overwrite)
     state.wait_for_everyone()
-    splits = tokenize(data, tokenizer, max_length=max_length)
+    with state.main_process_first():  # the others read what it left in the cache
+        splits = tokenize(data, tokenizer, max_length=max_length, config=model.config)
     job = _Job(model, tokenizer, splits, args, folder, phases, compute_metrics, callbacks)
     return _run_phases(job, plan.name)
 
@@ -193,11 +199,9 @@ def _get_model(model, tokenizer, data, args, trust_remote_code):
     set_seed(args.seed)
     if isinstance(model, str):
         loaded, tokenizer = load_model_and_tokenizer(
-            model,
-            num_labels=len(data.label_names),
-            label_names=data.label_names,
-            trust_remote_code=trust_remote_code,
+            model, label_names=data.label_names, trust_remote_code=trust_remote_code
         )
+        ensure_padding(tokenizer, loaded)
         return loaded, tokenizer, model
     if tokenizer is None:
         raise InputError(
@@ -208,6 +212,7 @@ def _get_model(model, tokenizer, data, args, trust_remote_code):
             f"The model has {model.config.num_labels} labels and the data {len(data.label_names)} "
             f"({', '.join(data.label_names[:10])}): load the model with num_labels={len(data.label_names)}"
         )
+    ensure_padding(tokenizer, model)
     return model, tokenizer, type(model).__name__
 
 
@@ -269,7 +274,8 @@ def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
     """A trainer for one phase: its groups trainable, its rates and length in the arguments."""
     phase = job.phases[index]
     args = phase_arguments(phase, job.args, job.folder.phase_folder(index, phase.name), index, job.splits)
-    train_only(job.model, phase.groups_to_train(layer_groups(job.model).names))
+    groups = layer_groups(job.model)
+    set_trainable(job.model, groups, phase.groups_to_train(groups.names))
     callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
     if phase.until_overfit is not None:
         until = phase.until_overfit
@@ -283,7 +289,7 @@ def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
         data_collator=DataCollatorWithPadding(job.tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
         compute_metrics=job.compute_metrics,
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=discriminative_optimizer(args, trainable_only=True),
+        optimizer_cls_and_kwargs=optimizer_of_arguments(args, trainable_only=True),
     )
 
 
@@ -391,4 +397,4 @@ class _PhaseClock(TrainerCallback):
             self.folder.write_phase_state(self.index, self.name, values)
 
 
-__all__ = ["PhaseResult", "PlanResult", "clean_metrics", "has_overfit", "run_plan"]
+__all__ = ["PhaseResult", "PlanResult", "clean_metrics", "run_plan"]

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
+from ulmfit_tools.schedules import SCHEDULES
 from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
 # What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch.
@@ -35,6 +36,7 @@ _MANAGED = {
 _PHASE_KEYS = {
     "learning_rate": ("learning_rate",),
     "learning_rate_low": ("learning_rate", "factor"),
+    "group_learning_rates": ("learning_rate", "factor"),
     "num_train_epochs": ("epochs", "steps", "until_overfit"),
     "lr_scheduler_type": ("schedule",),
     "lr_scheduler_kwargs": ("schedule",),
@@ -66,9 +68,11 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
     for key in given:
         _refuse_unused(plan, key)
     try:
-        return ULMFiTTrainingArguments(
+        args = ULMFiTTrainingArguments(
             **{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given}  # type: ignore[arg-type]
         )
+        args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
+        return args
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from None
 
@@ -106,17 +110,20 @@ def phase_arguments(
     if phase.until_overfit is not None:
         changes["num_train_epochs"] = phase.until_overfit.max_epochs
     if isinstance(phase.learning_rate, tuple):
-        changes |= {"learning_rate_low": phase.learning_rate[0], "learning_rate": phase.learning_rate[1]}
+        low, high = phase.learning_rate
+        changes |= {"learning_rate_low": low, "group_learning_rates": None, "learning_rate": high}
     elif phase.learning_rate is not None:
-        changes |= {"learning_rate_low": None, "learning_rate": phase.learning_rate}
+        changes |= {"learning_rate_low": None, "group_learning_rates": None, "learning_rate": phase.learning_rate}
     if isinstance(phase.learning_rate, tuple) or phase.factor is not None:
         changes["discriminative_factor"] = phase.factor
     if phase.factor is not None:
-        changes["learning_rate_low"] = None
+        changes |= {"learning_rate_low": None, "group_learning_rates": None}
     if phase.num_groups is not None:
         changes["num_layer_groups"] = phase.num_groups
     if phase.schedule is not None:
         changes |= {"lr_scheduler_type": phase.schedule, "lr_scheduler_kwargs": dict(phase.schedule_settings)}
+        if phase.schedule in SCHEDULES:
+            changes["warmup_steps"] = 0  # these have a rise of their own
     if "validation" not in splits:
         changes["eval_strategy"] = "no"
     elif phase.keep == "best":

@@ -1,0 +1,33 @@
+"""Shared set-up of the tests."""
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network, and nothing may wait for one
+
+import ulmfit_tools.cli
+import ulmfit_tools.plans  # noqa: F401
+
+# `Trainer.train` collects garbage each time, which walks through every object of every library imported so far: a
+# second a call on a slow core. Objects that are there by now stay, so the collector may pass over them.
+gc.collect()
+gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what reads real data where it is not at hand, and say so."""
+    folder = Path(os.environ.get("ULMFIT_TOOLS_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if folder.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("real_data"):
+            item.add_marker(pytest.mark.skip(reason=f"needs the datasets in $ULMFIT_TOOLS_DATA; there is no {folder}"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real datasets."""
+    return Path(os.environ.get("ULMFIT_TOOLS_DATA") or Path(__file__).parents[2] / "shared" / "data")

@@ -1,0 +1,166 @@
+"""The command line on a tiny model: what it prints, writes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
+
+from ulmfit_tools.cli import main
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(model_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(colour_folder(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(folder), "--num_train_epochs", "4", *QUICK]
+    assert main(["train", *flags]) == 0
+    return folder
+
+
+def refused(capsys, *argv):
+    """The one line that a refused command prints; it must exit with 2."""
+    assert main([str(part) for part in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("ulmfit-tools: ")
+    return lines[0]
+
+
+def test_train_learns_and_leaves_a_model_folder(trained):
+    result = json.loads((trained / "results.json").read_text())
+    assert result["metrics"]["test"]["accuracy"] > 0.9  # one word decides the label; chance is 0.33
+    assert (trained / "model.safetensors").exists()
+
+
+def test_evaluate_agrees_with_the_run(trained, data, capsys, tmp_path):
+    assert main(["evaluate", "--model", str(trained), "--dataset", data, "--json", str(tmp_path / "e.json")]) == 0
+    table = capsys.readouterr().out
+    assert all(label in table for label in COLOURS)
+    scores = json.loads((tmp_path / "e.json").read_text())
+    recorded = json.loads((trained / "results.json").read_text())["metrics"]["test"]
+    assert (scores["split"], scores["rows"]) == ("test", 24)
+    assert scores["metrics"] == {key: recorded[key] for key in scores["metrics"]}
+
+
+def test_predict_text_file_and_output(trained, tmp_path, capsys):
+    assert main(["predict", "--model", str(trained), "--text", "the blue sea", "a red leaf"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sea" in line or "leaf" in line]
+    assert "cold" in lines[0]
+    assert "warm" in lines[1]
+    texts = write_csv(tmp_path / "texts.csv", [(text,) for text, _ in colour_texts(5)], header=("text",))
+    output = tmp_path / "labels.csv"
+    assert main(["predict", "--model", str(trained), "--file", str(texts), "--output", str(output)]) == 0
+    rows = output.read_text().splitlines()
+    assert rows[0] == "text,label,score"
+    assert [row.split(",")[0] for row in rows[1:]] == [text for text, _ in colour_texts(5)]
+    assert "exists already" in refused(capsys, "predict", "--model", trained, "--file", texts, "--output", output)
+
+
+def test_groups_prints_every_group_with_its_rate(model, capsys):
+    assert main(["groups", "--model", model, "--learning_rate", "1e-3", "--discriminative_factor", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "6 layer groups" in out
+    rates = {"embeddings": "1.00e-08", "layer.0": "1.00e-07", "layer.3": "1.00e-04", "head": "1.00e-03"}
+    for name, rate in rates.items():
+        assert any(name in line and rate in line for line in out.splitlines()), (name, rate)
+    assert "100.0%" in out
+
+
+def test_config_file_serves_and_flags_win(model, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {model}\ndataset: {data}\nplan: baseline\nlearning_rate: 2e-3\nnum_train_epochs: 1\nuse_cpu: true\n")
+    folder = tmp_path / "run"
+    assert main(["train", "--config", str(config), "--output_dir", str(folder), "--learning_rate", "4e-3"]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["plan"]["name"] == "baseline"
+    assert record["settings"]["learning_rate"] == 4e-3  # flag over file
+    assert record["settings"]["num_train_epochs"] == 1  # file over plan
+    assert record["settings"]["per_device_train_batch_size"] == 8  # plan over default
+
+
+def test_resume_of_a_complete_run_does_nothing(trained, model, data):
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(trained), "--num_train_epochs", "4", *QUICK]
+    assert main(["train", *flags, "--resume"]) == 0
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lerning_rate", "1"], 'Did you mean "--learning_rate"'),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--plan", "gradual_unfreezin"], 'Did you mean "gradual_unfreezing"'),
+        (["--plan", "nowhere.yaml"], "no file nowhere.yaml"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--dataset", "no_such.csv"], "no_such.csv"),
+        (["--text_column", "txt"], "text"),
+        (["--lr_scheduler_type", "slanted"], "slanted_triangular"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["--max_steps", "5"], "max_steps has no place"),
+        (["--num_train_epochs", "-1"], "num_train_epochs"),
+    ],
+)
+def test_wrong_flag_is_one_line(model, data, tmp_path, capsys, flags, message):
+    folder = tmp_path / "run"
+    line = refused(capsys, "train", "--model", model, "--dataset", data, "--output_dir", folder, "--use_cpu", *flags)
+    assert message in line
+    assert not folder.exists()
+
+
+def test_occupied_folder_is_refused_and_left_alone(trained, model, data, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    flags = ["train", "--model", model, "--dataset", data, "--output_dir", trained, "--plan", "baseline", "--use_cpu"]
+    assert "holds a run already" in refused(capsys, *flags)
+    assert "plan.name" in refused(capsys, *flags, "--resume")
+    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], 'no command \'trian\'.*Did you mean "train"'),
+        (["train"], "needs --model"),
+        (["train", "--model", "x"], "needs --dataset"),
+        (["train", "--model", "x", "--dataset", "y"], "needs --output_dir"),
+        (["predict", "--model", "x"], "--text"),
+        (["groups"], "needs --model"),
+    ],
+)
+def test_incomplete_command_says_what_it_needs(capsys, argv, message):
+    import re
+
+    assert re.search(message, refused(capsys, *argv))
+
+
+def test_overview_and_version(capsys):
+    assert main([]) == 0
+    assert all(name in capsys.readouterr().out for name in ("train", "groups", "evaluate", "predict"))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("ulmfit-tools ")
+
+
+def test_recipe_takes_the_flags_of_train(model, data, tmp_path):
+    flags = ["--model", model, "--dataset", data, "--plan", "baseline", "--num_train_epochs", "1", "--use_cpu"]
+    command = [sys.executable, str(RECIPES / "fine_tune.py"), *flags, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Plan 'baseline'" in done.stdout
+    wrong = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "holds a run already" in wrong.stderr

@@ -1,0 +1,308 @@
+"""Plans run on a tiny model: order, records, resume, refusals, and the folder as an ordinary model folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
+from transformers import TrainerCallback, pipeline
+
+from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit, load_text_classification, run_plan
+from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.plans.settings import run_arguments
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(model_folder(tmp_path_factory.mktemp("model"), hidden_dropout_prob=0.1))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(colour_folder(tmp_path_factory.mktemp("data")))
+
+
+TWO_PHASES = FineTuningPlan(
+    name="two",
+    settings={"learning_rate": 1e-2, "per_device_train_batch_size": 16},
+    phases=[Phase(name="head", train="head", epochs=1), Phase(name="all", epochs=2)],
+)
+
+
+def run(plan, model, data, folder, **more):
+    settings = {"use_cpu": True, "disable_tqdm": True, "seed": 3} | more
+    return run_plan(plan, model=model, data=data, output_dir=folder, **settings)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """The uninterrupted run that resumed ones are compared with."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return run(TWO_PHASES, model, data, folder)
+
+
+def test_result_tells_phases_and_metrics(whole):
+    head, everything = whole.phases
+    assert (head.name, head.trains, head.steps, head.epochs) == ("head", ("head",), 6, 1.0)  # 96 rows / 16
+    assert (everything.name, everything.steps, everything.epochs) == ("all", 12, 2.0)
+    assert len(everything.trains) == 6  # embeddings, four layers, head
+    assert set(whole.metrics) == {"validation", "test"}
+    assert set(whole.metrics["test"]) == {"loss", "accuracy", "f1_macro", "f1_weighted", "mcc"}
+    assert whole.metrics["validation"] == everything.metrics
+
+
+def test_only_the_phase_groups_move(model, data, tmp_path):
+    plan = FineTuningPlan(name="x", phases=[Phase(name="one", train=["layer.1"], steps=2, learning_rate=1e-2)])
+    start = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            start.update({name: value.clone() for name, value in model.state_dict().items()})
+            start["optimised"] = sum(len(group["params"]) for group in optimizer.param_groups)
+
+    run(plan, model, data, tmp_path / "run", callbacks=[Look()], eval_strategy="no")
+    moved = {name for name, value in weights(tmp_path / "run").items() if not torch.equal(value, start[name])}
+    assert moved
+    assert all("layer.1." in name for name in moved)
+    assert start["optimised"] == 16  # 6 linear layers and 2 norms, each with weight and bias: no frozen parameter
+
+
+def test_folder_is_an_ordinary_model_folder_with_label_names(whole):
+    classify = pipeline("text-classification", model=str(whole.output_dir), device="cpu")
+    assert classify("the red sky")[0]["label"] in COLOURS
+    assert classify.model.config.id2label == dict(enumerate(sorted(COLOURS)))
+
+
+def test_record_tells_plan_settings_versions_data_and_phases(whole):
+    record = json.loads((whole.output_dir / "run.json").read_text())
+    assert FineTuningPlan.from_dict(record["plan"]) == TWO_PHASES
+    assert record["settings"]["learning_rate"] == 1e-2
+    assert record["settings"]["seed"] == 3
+    assert record["data"]["rows"] == {"train": 96, "validation": 24, "test": 24}
+    assert record["data"]["label_names"] == sorted(COLOURS)
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    state = json.loads((whole.output_dir / "phases/02-all/phase.json").read_text())
+    assert state["status"] == "done"
+    assert state["result"]["metrics"] == whole.phases[1].metrics
+    logged = json.loads((whole.output_dir / "phases/02-all/trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in entry for entry in logged) == 2
+    left = sorted(path.name for path in (whole.output_dir / "phases/02-all").iterdir())
+    assert left == ["phase.json", "trainer_state.json"]  # no checkpoint stays behind
+
+
+def test_complete_run_is_not_run_again(whole, model, data):
+    before = {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*") if path.is_file()}
+    assert run(TWO_PHASES, model, data, whole.output_dir, resume=True) == whole
+    assert before == {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*") if path.is_file()}
+
+
+def test_second_run_in_a_folder_is_refused_and_nothing_is_lost(whole, model, data):
+    before = weights(whole.output_dir)
+    with pytest.raises(InputError, match=r"holds a run already \(plan 'two'\).*--resume"):
+        run(TWO_PHASES, model, data, whole.output_dir)
+    assert same(before, weights(whole.output_dir))
+
+
+def test_folder_with_other_files_is_refused(model, data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        run(TWO_PHASES, model, data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_starts_anew(whole, model, data, tmp_path):
+    shutil.copytree(whole.output_dir, tmp_path / "run")
+    plan = FineTuningPlan(name="short", phases=[Phase(name="a", train="head", steps=1)])
+    assert run(plan, model, data, tmp_path / "run", overwrite=True).plan == "short"
+    assert [path.name for path in (tmp_path / "run/phases").iterdir()] == ["01-a"]
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Raises in the given phase (named by its folder) at the given step, as a crash would."""
+
+    def __init__(self, phase, step, event="on_step_end"):
+        self.phase, self.step = phase, step
+        setattr(self, event, self.stop)
+
+    def stop(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.phase) and state.global_step == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "event"),
+    [
+        ("01-head", 1, "on_step_end"),  # the first step of all: nothing has been saved
+        ("01-head", 4, "on_step_end"),
+        ("01-head", 6, "on_evaluate"),  # after the validation, before the checkpoint
+        ("01-head", 6, "on_save"),
+        ("01-head", 6, "on_train_end"),  # the phase's last moment
+        ("02-all", 0, "on_train_begin"),  # the boundary between phases
+        ("02-all", 1, "on_step_end"),
+        ("02-all", 6, "on_save"),
+        ("02-all", 9, "on_step_end"),  # in mid-epoch, past a checkpoint
+        ("02-all", 12, "on_train_end"),
+    ],
+)
+@pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 2}], ids=["by epoch", "by step"])
+def test_resumed_run_ends_with_the_same_bits(whole, model, data, tmp_path, phase, step, event, saving):
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, tmp_path / "run", callbacks=[StopAt(phase, step, event)], **saving)
+    assert not (tmp_path / "run/results.json").exists()
+    result = run(TWO_PHASES, model, data, tmp_path / "run", resume=True, **saving)
+    assert same(weights(tmp_path / "run"), weights(whole.output_dir))
+    assert result.metrics == whole.metrics
+    assert [p.metrics for p in result.phases] == [p.metrics for p in whole.phases]
+
+
+def test_moved_run_folder_resumes(whole, model, data, tmp_path):
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, tmp_path / "run", callbacks=[StopAt("02-all", 9)])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run(TWO_PHASES, model, data, tmp_path / "moved", resume=True)
+    assert same(weights(tmp_path / "moved"), weights(whole.output_dir))
+
+
+@pytest.fixture(scope="module")
+def stopped(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, folder, callbacks=[StopAt("02-all", 9)])
+    return folder
+
+
+def changed_plan():
+    phases = [TWO_PHASES.phases[0], Phase(name="all", epochs=3)]
+    return FineTuningPlan(name="two", settings=TWO_PHASES.settings, phases=phases)
+
+
+def test_resume_with_a_changed_plan_is_refused(stopped, model, data):
+    with pytest.raises(InputError, match=r"plan.phases\[1\].epochs: 2 -> 3"):
+        run(changed_plan(), model, data, stopped, resume=True)
+
+
+def test_resume_with_changed_settings_is_refused(stopped, model, data):
+    with pytest.raises(InputError, match=r"settings.learning_rate: 0.01 -> 0.02"):
+        run(TWO_PHASES, model, data, stopped, resume=True, learning_rate=2e-2)
+
+
+def test_resume_with_another_model_is_refused(stopped, data, tmp_path):
+    other = str(model_folder(tmp_path / "other", seed=9, hidden_dropout_prob=0.1))
+    with pytest.raises(InputError, match="model.fingerprint"):
+        run(TWO_PHASES, other, data, stopped, resume=True)
+
+
+def test_resume_with_other_data_is_refused(stopped, model, tmp_path):
+    other = colour_folder(tmp_path / "data")
+    write_csv(other / "train.csv", colour_texts(96, seed=5))
+    with pytest.raises(InputError, match="data.fingerprint"):
+        run(TWO_PHASES, model, str(other), stopped, resume=True)
+
+
+def test_keep_best_hands_on_the_weights_of_the_lowest_validation_loss(model, data, tmp_path):
+    # So high a rate makes things worse in most epochs.
+    phase = Phase(name="a", epochs=5, learning_rate=0.3, schedule="constant", keep="best")
+    result = run(FineTuningPlan(name="x", phases=[phase]), model, data, tmp_path / "run")
+    log = json.loads((tmp_path / "run/phases/01-a/trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert result.phases[0].metrics["loss"] == min(losses)
+    assert min(losses) < losses[-1]
+    check = run(FineTuningPlan(name="y", phases=[Phase(name="z", steps=1, learning_rate=1e-30)]),
+                str(tmp_path / "run"), data, tmp_path / "again")  # fmt: skip
+    assert check.phases[0].metrics["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_until_overfit_stops_and_resumes_with_the_same_bits(model, data, tmp_path):
+    until = UntilOverfit(patience=1, max_epochs=8)
+    plan = FineTuningPlan(name="x", phases=[Phase(name="a", until_overfit=until, learning_rate=0.3)])
+    first = run(plan, model, data, tmp_path / "first")
+    assert first.phases[0].epochs < 8
+    steps = first.phases[0].steps
+    for event in ("on_save", "on_train_end"):
+        folder = tmp_path / event
+        with pytest.raises(Stop):
+            run(plan, model, data, folder, callbacks=[StopAt("01-a", steps, event)])
+        again = run(plan, model, data, folder, resume=True)
+        assert again.phases[0].steps == steps  # not one step more
+        assert same(weights(folder), weights(tmp_path / "first"))
+
+
+def test_rates_of_a_phase_reach_the_optimizer(model, data, tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            seen.append({group["name"]: group["initial_lr"] for group in optimizer.param_groups})
+
+    plan = FineTuningPlan(name="x", settings={"learning_rate": 8e-3, "discriminative_factor": 2}, phases=[
+        Phase(name="settings", steps=1),
+        Phase(name="own", train="top_half", steps=1, learning_rate=1e-3, factor=10),
+        Phase(name="span", train=2, steps=1, learning_rate=(1e-5, 1.0)),
+    ])  # fmt: skip
+    run(plan, model, data, tmp_path / "run", callbacks=[Look()], eval_strategy="no")
+    settings, own, span = seen
+    expected = {"embeddings": 2.5e-4, "layer.0": 5e-4, "layer.1": 1e-3, "layer.2": 2e-3, "layer.3": 4e-3, "head": 8e-3}
+    assert settings == pytest.approx(expected)
+    assert own == pytest.approx({"layer.2": 1e-5, "layer.3": 1e-4, "head": 1e-3})
+    assert span == pytest.approx({"layer.3": 0.1, "head": 1.0})  # 1e-5 to 1 over six groups: ten times a group
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lerning_rate": 1}, "no training argument 'lerning_rate'.*Did you mean \"learning_rate\""),
+        ({"max_steps": 3}, "max_steps has no place.*'steps'"),
+        ({"load_best_model_at_end": True}, "keep: best"),
+        ({"num_train_epochs": 3}, "would do nothing: every phase of plan 'two' names its own epochs"),
+        ({"lr_scheduler_type": "slanted"}, "slanted_triangular"),
+    ],
+)
+def test_wrong_or_ignored_argument_is_refused_before_anything_is_written(model, data, tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        run(TWO_PHASES, model, data, tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_given_wins_over_plan_and_plan_over_default(tmp_path):
+    args = run_arguments(TWO_PHASES, tmp_path, {"learning_rate": 5e-5, "use_cpu": True})
+    assert (args.learning_rate, args.per_device_train_batch_size) == (5e-5, 16)
+
+
+def test_best_needs_a_validation_split(model, tmp_path):
+    data = load_text_classification(str(write_csv(tmp_path / "rows.csv", colour_texts(90))))
+    data.splits.pop("validation")
+    plan = FineTuningPlan(name="x", phases=[Phase(name="a", keep="best")])
+    with pytest.raises(InputError, match="no validation split"):
+        run(plan, model, data, tmp_path / "run")
+
+
+def test_model_object_with_other_label_count_is_refused(data, tmp_path):
+    from tiny import tiny_bert
+    from tiny_text import tiny_tokenizer
+
+    with pytest.raises(InputError, match="5 labels and the data 3"):
+        run(TWO_PHASES, tiny_bert(num_labels=5), data, tmp_path / "run", tokenizer=tiny_tokenizer())
+
+
+def test_model_object_runs(data, tmp_path):
+    from tiny import tiny_bert
+    from tiny_text import tiny_tokenizer
+
+    bert = tiny_bert(num_labels=3)
+    plan = FineTuningPlan(name="x", phases=[Phase(name="a", train="head", steps=2, learning_rate=1e-3)])
+    result = run(plan, bert, data, tmp_path / "run", tokenizer=tiny_tokenizer())
+    assert result.phases[0].trains == (layer_groups(bert).names[-1],)

@@ -1,0 +1,66 @@
+"""Labels of all splits as indices into one list of names."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+from ulmfit_tools.data.sources import Split
+from ulmfit_tools.errors import InputError
+
+INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
+
+
+def sorted_labels(labels: Collection[str]) -> list[str]:
+    """Label names in a fixed order: as numbers where all of them are whole numbers, else by character."""
+    wholes = {label: _whole(label) for label in labels}
+    if None in wholes.values():
+        return sorted(labels)
+    return sorted(labels, key=lambda label: (int(str(wholes[label])), label))
+
+
+def unified(labels: Mapping[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]:
+    """Writes 1.0 as 1 where every label of every split is a whole number: tools write such columns both ways."""
+    found = {name: pc.unique(column) for name, column in labels.items()}
+    every = {label for values in found.values() for label in values.to_pylist()}
+    if None in map(_whole, every) or not any("." in label for label in every):
+        return dict(labels)
+    return {
+        name: pc.take(pa.array(map(_whole, found[name].to_pylist())), pc.index_in(column, found[name]))
+        for name, column in labels.items()
+    }
+
+
+def require_classes(labels: Mapping[str, pa.ChunkedArray], splits: Mapping[str, Split]) -> None:
+    """Raises an `InputError` unless training has two classes or more, and the other splits have no more than these."""
+    trained = set(pc.unique(labels["train"]).to_pylist())
+    if len(trained) < 2:
+        raise InputError(
+            f"{splits['train'].where} has one class only: {some(list(trained))}. A classifier needs at least two."
+        )
+    for name, column in labels.items():
+        unknown = sorted_labels(set(pc.unique(column).to_pylist()) - trained)
+        if unknown:
+            raise InputError(
+                f"{splits[name].where} has labels that the training rows lack: {some(unknown)}. "
+                f"The training rows have: {some(sorted_labels(trained))}"
+            )
+
+
+def with_labels(texts: Dataset, labels: pa.ChunkedArray, label_names: list[str]) -> Dataset:
+    """Adds the column `labels`: indices into `label_names`, in memory beside the memory-mapped texts."""
+    indices = pc.index_in(labels, pa.array(label_names, pa.string())).to_numpy().astype(np.int64)
+    return texts.add_column("labels", indices, feature=ClassLabel(names=label_names))
+
+
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """The first names of a long list, for a message."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _whole(label: str) -> str | None:
+    match = INTEGER.fullmatch(label)
+    return match[1] if match else None

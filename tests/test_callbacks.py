@@ -14,6 +14,7 @@ from ulmfit_tools.evaluations import best_step
 from ulmfit_tools.freezing import freeze_to, unfreeze
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.param_groups import discriminative_optimizer
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
 # A tiny BERT has six layer groups: the embeddings (e), four blocks (0 to 3) and the head (h).
 LETTERS = "e0123h"
@@ -230,6 +231,58 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_weights(tmp_path, kind, op
         assert rest.rates == watch.rates[step:]
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, resumed.model.state_dict()[name]), (step, name)
+
+
+def adam_averages(model, optimizer):
+    """Adam's first moments by the name of the parameter that they are kept for."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: values["exp_avg"].clone() for p, values in optimizer.optimizer.state.items()}
+
+
+@pytest.mark.parametrize("factory", [False, True])
+def test_resuming_with_another_order_keeps_every_state_with_its_layer(tmp_path, factory):
+    """Failures B and C: the optimizer holds all layers from the start, so its groups never change."""
+    loaded = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            loaded.update(adam_averages(model, optimizer))
+
+    settings = {"factory": factory, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 6}
+    first, _ = watched(tmp_path, GradualUnfreezing(), num_train_epochs=2, **settings)
+    before = adam_averages(first.model, first.optimizer)
+    assert {LETTERS[layer_groups(first.model).index_of(name)] for name in before} == set("3h")
+    watch = Watch()
+    otherwise = GradualUnfreezing(by="step", every=1, order="chain_thaw")  # in step 6 everything trains
+    trainer = trainer_of(tmp_path, otherwise, Look(), watch, max_steps=7, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert watch.trained == ["e0123h"]
+    assert loaded.keys() == before.keys()
+    assert all(torch.equal(average, before[name]) for name, average in loaded.items())
+
+
+@pytest.mark.parametrize("kind", ["epoch", "plateau_best"])
+def test_the_packages_own_trainer_resumes_it_too(tmp_path, kind):
+    """The step that ends an epoch is saved before the epoch's evaluation, which the resumed run must not miss."""
+    args = ULMFiTTrainingArguments(
+        str(tmp_path), num_train_epochs=4, per_device_train_batch_size=16, learning_rate=0.05, use_cpu=True,
+        report_to=[], disable_tqdm=True, logging_steps=1, eval_strategy="epoch", save_steps=1, save_total_limit=0,
+    )  # fmt: skip
+
+    def run(resume=None):
+        watch = Watch()
+        trainer = ULMFiTTrainer(
+            tiny_bert(), args, train_dataset=token_rows(48), eval_dataset=token_rows(32, seed=1),
+            callbacks=[GradualUnfreezing(**RESUMED[kind]), watch],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict(), watch
+
+    whole, watch = run()
+    for step in (9, 6, 5):  # from the last one down: the runs write over the checkpoints after it
+        weights, rest = run(str(tmp_path / f"checkpoint-{step}"))
+        assert rest.trained == watch.trained[step:]
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in weights.items()), step
 
 
 def test_nothing_is_left_in_checkpoints_but_what_trainer_writes(tmp_path):

@@ -12,22 +12,23 @@ from ulmfit_tools.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
+QUICK += ["--discriminative_factor", "1"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(model_folder(tmp_path_factory.mktemp("model")))
+    return str(model_folder(tmp_path_factory.mktemp("model"), initializer_range=0.2, num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
+    return str(colour_folder(tmp_path_factory.mktemp("data"), train=192))
 
 
 @pytest.fixture(scope="module")
 def trained(model, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    flags = ["--model", model, "--dataset", data, "--output_dir", str(folder), "--num_train_epochs", "4", *QUICK]
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(folder), "--num_train_epochs", "12", *QUICK]
     assert main(["train", *flags]) == 0
     return folder
 
@@ -74,8 +75,8 @@ def test_predict_text_file_and_output(trained, tmp_path, capsys):
 def test_groups_prints_every_group_with_its_rate(model, capsys):
     assert main(["groups", "--model", model, "--learning_rate", "1e-3", "--discriminative_factor", "10"]) == 0
     out = capsys.readouterr().out
-    assert "6 layer groups" in out
-    rates = {"embeddings": "1.00e-08", "layer.0": "1.00e-07", "layer.3": "1.00e-04", "head": "1.00e-03"}
+    assert "4 layer groups" in out
+    rates = {"embeddings": "1.00e-06", "layer.0": "1.00e-05", "layer.1": "1.00e-04", "head": "1.00e-03"}
     for name, rate in rates.items():
         assert any(name in line and rate in line for line in out.splitlines()), (name, rate)
     assert "100.0%" in out
@@ -83,7 +84,8 @@ def test_groups_prints_every_group_with_its_rate(model, capsys):
 
 def test_config_file_serves_and_flags_win(model, data, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text(f"model: {model}\ndataset: {data}\nplan: baseline\nlearning_rate: 2e-3\nnum_train_epochs: 1\nuse_cpu: true\n")
+    lines = [f"model: {model}", f"dataset: {data}", "plan: baseline", "learning_rate: 2e-3", "num_train_epochs: 1"]
+    config.write_text("\n".join([*lines, "use_cpu: true", ""]))
     folder = tmp_path / "run"
     assert main(["train", "--config", str(config), "--output_dir", str(folder), "--learning_rate", "4e-3"]) == 0
     record = json.loads((folder / "run.json").read_text())
@@ -95,7 +97,7 @@ def test_config_file_serves_and_flags_win(model, data, tmp_path):
 
 def test_resume_of_a_complete_run_does_nothing(trained, model, data):
     before = (trained / "model.safetensors").stat().st_mtime_ns
-    flags = ["--model", model, "--dataset", data, "--output_dir", str(trained), "--num_train_epochs", "4", *QUICK]
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(trained), "--num_train_epochs", "12", *QUICK]
     assert main(["train", *flags, "--resume"]) == 0
     assert (trained / "model.safetensors").stat().st_mtime_ns == before
 
@@ -134,7 +136,7 @@ def test_occupied_folder_is_refused_and_left_alone(trained, model, data, capsys)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], 'no command \'trian\'.*Did you mean "train"'),
+        (["trian"], "no command 'trian'.*Did you mean \"train\""),
         (["train"], "needs --model"),
         (["train", "--model", "x"], "needs --dataset"),
         (["train", "--model", "x", "--dataset", "y"], "needs --output_dir"),
@@ -150,7 +152,8 @@ def test_incomplete_command_says_what_it_needs(capsys, argv, message):
 
 def test_overview_and_version(capsys):
     assert main([]) == 0
-    assert all(name in capsys.readouterr().out for name in ("train", "groups", "evaluate", "predict"))
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in ("train", "groups", "evaluate", "predict"))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ulmfit-tools ")
 

@@ -25,7 +25,7 @@ class Methods(nn.Module):
         if self.pooler is not None:
             self.counter = len(self.layers)
         x = getattr(self, self.base_model_prefix)(self._embed(x))
-        return self._embed(getattr(self, "head")(x))  # noqa: B009
+        return self._embed(getattr(self, "head")(x))
 
 
 class Child(Methods):

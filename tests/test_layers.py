@@ -1,5 +1,7 @@
 """Layer groups: names, order, partition, merging, wrappers; the architectures are in test_architectures.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
@@ -75,7 +77,7 @@ def test_index_of():
 
 
 def test_no_parameters():
-    with pytest.raises(InputError, match="without parameters has no layer groups. Received: Dropout"):
+    with pytest.raises(InputError, match=r"without parameters has no layer groups\. Received: Dropout"):
         layer_groups(nn.Dropout())
 
 
@@ -123,6 +125,9 @@ def test_merging_into_more_than_there_are(num_groups):
 # -------------------------------------------------------------------------------------------------------- wrappers
 
 
+compiled = partial(torch.compile, backend="eager")
+
+
 def unwrapped(name: str, prefix: str) -> str:
     assert name.startswith(prefix)
     return name.removeprefix(prefix)
@@ -132,8 +137,8 @@ def unwrapped(name: str, prefix: str) -> str:
     ("wrap", "prefix"),
     [
         (nn.DataParallel, "module."),
-        (torch.compile, "_orig_mod."),
-        (lambda model: torch.compile(nn.DataParallel(model)), "_orig_mod.module."),
+        (compiled, "_orig_mod."),
+        (lambda model: compiled(nn.DataParallel(model)), "_orig_mod.module."),
     ],
 )
 def test_wrapped_models_keep_their_own_names(wrap, prefix):
@@ -156,10 +161,15 @@ def test_distributed_data_parallel(tmp_path):
 def test_compiled_blocks():
     model = tiny_bert()
     for index, block in enumerate(model.bert.encoder.layer):
-        model.bert.encoder.layer[index] = torch.compile(block)
+        model.bert.encoder.layer[index] = compiled(block)
     assert layer_groups(model).names == BERT_NAMES
 
 
+# PEFT 0.21 asks transformers 5.23 for a name that will go.
+peft_asks_for_an_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@peft_asks_for_an_old_name
 def test_lora_adapters_go_with_the_layer_they_adapt():
     model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"]))
     groups = layer_groups(model)
@@ -182,6 +192,7 @@ def test_lora_adapters_go_with_the_layer_they_adapt():
     }
 
 
+@peft_asks_for_an_old_name
 def test_lora_on_embeddings():
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["word_embeddings", "query"])
     groups = layer_groups(get_peft_model(tiny_bert(), config))
@@ -189,6 +200,7 @@ def test_lora_on_embeddings():
     assert groups.index_of(name) == 0
 
 
+@peft_asks_for_an_old_name
 def test_virtual_tokens_go_with_the_embeddings():
     model = get_peft_model(tiny_bert(), PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
     groups = layer_groups(model)
@@ -198,7 +210,7 @@ def test_virtual_tokens_go_with_the_embeddings():
     assert groups[0].module_names == ("prompt_encoder", "base_model.bert.embeddings", "word_embeddings")
 
 
-# -------------------------------------------------------------------------------------------------- models of one's own
+# ------------------------------------------------------------------------------------------------ one's own models
 
 
 class LanguageModel(nn.Module):
@@ -308,7 +320,7 @@ def test_without_a_stack_each_child_is_a_group():
     assert layer_groups(model).names == ["embed", "out"]
     assert layer_groups(model)[1].parameter_names == ("module.shift", "module.out.weight", "module.out.bias")
     assert layer_groups(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))).names == ["0", "2"]
-    assert layer_groups(nn.Linear(2, 2)).names == ["weight"] or layer_groups(nn.Linear(2, 2)).names == ["bias"]
+    assert [group.parameter_names for group in layer_groups(nn.Linear(2, 2))] == [("weight", "bias")]
 
 
 def test_without_a_source_names_and_registration_decide():

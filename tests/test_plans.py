@@ -44,7 +44,7 @@ def test_a_plan_with_everything_survives_yaml(tmp_path):
         description="All of it.",
         settings={"learning_rate": 2e-4, "seed": 7},
         phases=[
-            Phase(name="a", train="head", steps=10, learning_rate=1e-3, schedule="sgdr", schedule_settings={"cycle_len": 1}),
+            Phase(name="a", train="head", steps=10, schedule="sgdr", schedule_settings={"cycle_len": 1}),
             Phase(name="b", train=2, epochs=0.5, learning_rate=(1e-5, 1e-3), keep="best"),
             Phase(name="c", train=["head"], until_overfit=UntilOverfit(patience=3, min_delta=0.01, max_epochs=9)),
             Phase(name="d", factor=2.6, num_groups=3),
@@ -57,7 +57,7 @@ def test_a_plan_with_everything_survives_yaml(tmp_path):
 
 def test_yaml_reads_rates_as_people_write_them(tmp_path):
     file = tmp_path / "plan.yaml"
-    file.write_text("name: x\nphases:\n  - {name: a, learning_rate: 2e-4}\n  - {name: b, learning_rate: [1e-5, 1E-3]}\n")
+    file.write_text("name: x\nphases: [{name: a, learning_rate: 2e-4}, {name: b, learning_rate: [1e-5, 1E-3]}]\n")
     a, b = FineTuningPlan.load(file).phases
     assert a.learning_rate == 0.0002
     assert b.learning_rate == (0.00001, 0.001)
@@ -121,7 +121,7 @@ def test_wrong_plan_file_is_refused(tmp_path, text, message):
 
 
 def test_unknown_plan_suggests_the_nearest():
-    with pytest.raises(InputError, match='no plan \'gradual_unfreezin\'.*Did you mean "gradual_unfreezing"'):
+    with pytest.raises(InputError, match="no plan 'gradual_unfreezin'.*Did you mean \"gradual_unfreezing\""):
         FineTuningPlan.load("gradual_unfreezin")
 
 
@@ -131,7 +131,7 @@ def test_missing_plan_file_is_named():
 
 
 def test_group_that_the_model_lacks_is_named():
-    with pytest.raises(InputError, match='no layer group \'layer.9\'.*Did you mean "layer.'):
+    with pytest.raises(InputError, match="no layer group 'layer.9'.*Did you mean \"layer."):
         Phase(name="x", train=["layer.9"]).groups_to_train(GROUPS)
     with pytest.raises(InputError, match="5 layer groups. Received: 6"):
         Phase(name="x", train=6).groups_to_train(GROUPS)

@@ -58,7 +58,8 @@ def run_ours(base: Path, folder: Path) -> None:
     """One attempt at the plan: from the beginning, or from wherever the last attempt was stopped."""
     # Evaluation by the same steps as saving, as `keep: best` writes a checkpoint at each evaluation.
     steps = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_nan_inf_filter": False}
-    run_plan(PLAN, model=str(base / "model"), data=str(base / "data"), output_dir=folder, resume=True, **COMMON, **steps)
+    names = {"model": str(base / "model"), "data": str(base / "data")}
+    run_plan(PLAN, **names, output_dir=folder, resume=True, **COMMON, **steps)
 
 
 def run_plain(base: Path, folder: Path) -> None:
@@ -177,7 +178,8 @@ def difference(expected: dict, got: dict) -> str:
     """Empty for identical outcomes, else what differs."""
     weights = expected["weights"], got["weights"]
     parts = []
-    if weights[0].keys() != weights[1].keys() or not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0]):
+    same_keys = weights[0].keys() == weights[1].keys()
+    if not same_keys or not all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]):
         parts.append("weights")
     parts += [part for part in ("states", "metrics") if expected[part] != got[part]]
     return ", ".join(parts)

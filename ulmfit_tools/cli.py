@@ -46,9 +46,7 @@ class _TrainFlags:
     plan: str = _help(
         "A shipped plan (baseline, chain_thaw, gradual_unfreezing) or a YAML file.", "gradual_unfreezing"
     )
-    validation_split: float | None = _help(
-        "Share of the training rows to validate on where no split is given. 0.1."
-    )
+    validation_split: float | None = _help("Share of the training rows to validate on where no split is given. 0.1.")
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
     overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
     config: str | None = _help("YAML file with any of these flags; the command line wins over it.")

@@ -12,7 +12,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from ulmfit_tools.data import ensure_padding, load_for_evaluation, load_model_and_tokenizer, text_length_limit, tokenize
+from ulmfit_tools.data import (
+    ensure_padding,
+    load_for_evaluation,
+    load_model_and_tokenizer,
+    text_length_limit,
+    tokenize,
+)
 from ulmfit_tools.metrics import classification_metrics, per_class_report
 
 
@@ -80,7 +86,9 @@ def evaluate_model(
     )
     (split_name,) = data.splits
     ensure_padding(tokenizer, classifier)
-    rows = tokenize(data, tokenizer, max_length=max_length or trained.get("max_length"), config=classifier.config)[split_name]
+    rows = tokenize(data, tokenizer, max_length=max_length or trained.get("max_length"), config=classifier.config)[
+        split_name
+    ]
     logits = predict_logits(classifier, tokenizer, rows, batch_size=batch_size)
     predicted, labels = logits.argmax(-1), np.asarray(rows["labels"])
     metrics = classification_metrics(EvalPrediction(logits, labels))
@@ -88,7 +96,11 @@ def evaluate_model(
 
 
 def predict_texts(
-    model: str, texts: Sequence[str] | Sequence[tuple[str, str]], *, batch_size: int = 64, max_length: int | None = None
+    model: str,
+    texts: Sequence[str] | Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 64,
+    max_length: int | None = None,
 ) -> list[Prediction]:
     """The most probable label of each text, in the order of the texts.
 
@@ -107,7 +119,9 @@ def predict_texts(
     logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size=batch_size))
     scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
     return [
-        Prediction(text if isinstance(text, str) else " | ".join(text), classifier.config.id2label[int(label)], float(score))
+        Prediction(
+            text if isinstance(text, str) else " | ".join(text), classifier.config.id2label[int(label)], float(score)
+        )
         for text, label, score in zip(texts, labels, scores, strict=True)
     ]
 

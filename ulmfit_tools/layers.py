@@ -169,14 +169,17 @@ def _named_steps(steps: list[Step]) -> list[tuple[str, list[Step]]]:
 
 
 def _one_group_a_child(steps: list[Step]) -> list[tuple[str, list[Step]]]:
-    """The groups of a model without a stack; bare parameters go with the module that follows."""
+    """The groups of a model without a stack; bare parameters go with the module that follows, or else the last."""
     groups: list[tuple[str, list[Step]]] = []
     waiting: list[Step] = []
     for step in steps:
         waiting.append(step)
-        if isinstance(step.part, nn.Module) or step is steps[-1]:
+        if isinstance(step.part, nn.Module):
             groups.append((step.path.rpartition(".")[2], waiting))
             waiting = []
+    if not groups:
+        return [(HEAD, waiting)]
+    groups[-1][1].extend(waiting)
     return groups
 
 

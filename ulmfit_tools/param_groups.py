@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -60,8 +60,8 @@ def group_learning_rates(num_groups: int, learning_rate: LearningRate, *, factor
     Raises:
         InputError: A rate or the factor is out of its range, or the number of rates fits nothing.
     """
-    if isinstance(learning_rate, Real):
-        return _check_rates(_decayed(num_groups, float(learning_rate), factor), learning_rate)
+    if _is_number(learning_rate):
+        return _check_rates(_decayed(num_groups, learning_rate, factor), learning_rate)
     if factor is not None:
         raise InputError(
             "factor goes with a single learning_rate; a span or a list has its spacing already. "
@@ -85,7 +85,7 @@ def group_learning_rates(num_groups: int, learning_rate: LearningRate, *, factor
 def _decayed(num_groups: int, learning_rate: float, factor: float | None) -> list[float]:
     if factor is None:
         factor = DEFAULT_SPREAD ** (1 / max(num_groups - 1, 1))
-    elif not (isinstance(factor, Real) and 1 <= factor < math.inf):
+    elif not (_is_number(factor) and 1 <= factor < math.inf):
         raise InputError(
             "factor must be at least 1: each earlier group's rate is the next one's divided by it "
             f"(a layer decay of 0.85 is factor=1.18). Received: factor={factor}"
@@ -103,9 +103,13 @@ def _spaced(num_groups: int, low: float, high: float) -> list[float]:
 
 def _check_rates(rates: list[float], received: object) -> list[float]:
     for rate in rates:
-        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < rate < math.inf:
+        if not (_is_number(rate) and 0 < rate < math.inf):
             raise InputError(f"Learning rates must be positive and finite. Received: learning_rate={received}")
     return [float(rate) for rate in rates]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def decay_parameter_names(model: nn.Module) -> set[str]:
@@ -217,8 +221,9 @@ def discriminative_optimizer(
     ```
 
     Everything else is as `Trainer` would do it: the optimizer's own settings (`adam_beta1`, `optim_args`, ...), which
-    parameters take weight decay, the schedule over each group's own rate. The log of a plain `Trainer` shows the rate
-    of the first group, the lowest.
+    parameters take weight decay, the schedule over each group's own rate. With `factor=1` the weights come out the
+    same to the bit, but for GrokAdamW, which clips gradients group by group. The log of a plain `Trainer` shows the
+    rate of the first group, the lowest.
 
     Args:
         args: The arguments that the `Trainer` gets too; read when it makes its optimizer.

@@ -177,6 +177,7 @@ class RunKeeper(TrainerCallback):
             why = "it had stopped early" if stopped_early else "all steps are done"
             logger.warning(f"Nothing is left to train after {self.checkpoint.name}: {why}.")
             control.should_training_stop = True
+            self.trainer._load_rng_state(str(self.checkpoint))  # Trainer does it on the way to the next step
         return control
 
     def _find_best(self, state: TrainerState) -> None:

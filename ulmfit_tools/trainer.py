@@ -2,8 +2,10 @@
 similar length, and checkpoints from which a run goes on exactly as if it had not stopped.
 """
 
+import inspect
 import logging
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 from ulmfit_tools import checkpoints
 from ulmfit_tools.checkpoints import CheckpointError
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.param_groups import discriminative_optimizer
+from ulmfit_tools.param_groups import discriminative_optimizer, group_learning_rates
 from ulmfit_tools.resuming import RunKeeper, TrainingInterrupted, parameter_names, write_record
 from ulmfit_tools.sampling import EpochLengthGroupedSampler, LongestFirstSampler, row_lengths
 from ulmfit_tools.schedules import SCHEDULES, get_schedule
@@ -45,6 +47,7 @@ class ULMFiTTrainer(Trainer):
     - `train_sampling_strategy="group_by_length"` gives every epoch an order that depends on nothing but the seed and
       the epoch, and evaluates the longest texts first; `predict` gives its rows back in their own order;
     - checkpoints are written whole, and resuming takes the last one that is good;
+    - accumulated batches are averaged, where Trainer adds the gradients of most classifiers up;
     - on SIGTERM the run writes a checkpoint after the step and raises `TrainingInterrupted`.
 
     With FSDP, DeepSpeed or XLA, which write a checkpoint from many processes in their own ways, checkpoints are
@@ -75,6 +78,7 @@ class ULMFiTTrainer(Trainer):
         self._staging_root: str | None = None
         self._steps_per_epoch = 0
         super().__init__(model, args or ULMFiTTrainingArguments("tmp_trainer"), **settings)
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and _loss_counts_items(self.model)
         self._passed_optimizer = self.optimizer
         self._keeper = RunKeeper(self)
         self.add_callback(self._keeper)
@@ -310,14 +314,49 @@ def optimizer_of_arguments(
         args: The settings.
         trainable_only: Leave frozen parameters out, for a run in which nothing is thawed.
     """
-    span = None if args.learning_rate_low is None else (args.learning_rate_low, args.learning_rate)
     return discriminative_optimizer(
         args,
         factor=args.discriminative_factor,
         num_groups=args.num_layer_groups,
-        learning_rate=args.group_learning_rates or span or args.learning_rate,
+        learning_rate=_learning_rate(args),
         trainable_only=trainable_only,
     )
+
+
+def check_optimizer(args: ULMFiTTrainingArguments, num_groups: int) -> None:
+    """Check, before anything is built, that the arguments' optimizer and rates fit a model of so many layer groups.
+
+    Raises:
+        InputError: They do not.
+    """
+    optimizer_of_arguments(args)
+    count = num_groups if args.num_layer_groups is None else args.num_layer_groups
+    if not 1 <= count <= num_groups:
+        raise InputError(f"The model has {num_groups} layer groups. Received: num_layer_groups={count}")
+    group_learning_rates(count, _learning_rate(args), factor=args.discriminative_factor)
+
+
+def _learning_rate(args: ULMFiTTrainingArguments) -> Any:
+    span = None if args.learning_rate_low is None else (args.learning_rate_low, args.learning_rate)
+    return args.group_learning_rates or span or args.learning_rate
+
+
+def _loss_counts_items(model: nn.Module) -> bool:
+    """Whether a model divides its loss by the number of items in all batches of an update, when it is told the number.
+
+    Trainer takes it from a `**kwargs` in the signature, and then does not average over the batches of an update or
+    over processes. All of transformers' sequence classifiers have it, all but one ignore the number and return the
+    mean over their batch: with 4 accumulated batches, loss and gradients are 4 times too large. A wrong "no" does no
+    harm: means over batches are averaged, as for a model without `**kwargs`.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = inspect.unwrap(type(model).forward)
+    if hasattr(model, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(forward).parameters:
+        return True
+    try:
+        return re.search(r"self\.loss_function\([^()]*\*\*", inspect.getsource(forward)) is not None
+    except OSError:  # a class typed into a console has no source
+        return False
 
 
 def _choose_checkpoint(resume: str | os.PathLike | bool | None, folder: str) -> Path | None:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from ulmfit_tools.data.demo_model import load_model_and_tokenizer
 from ulmfit_tools.data.loading import load_text_classification
 from ulmfit_tools.data.tokenizing import tokenize
+from ulmfit_tools.lr_range import lr_range_test
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
 MODEL = "minilm"
@@ -39,6 +40,11 @@ TRAIN_ROWS, HELD_OUT_ROWS, MAX_LENGTH = 1000, 1000, 64
 EPOCHS, BATCH_SIZE = 3, 16
 SEEDS = [0, 1]
 RATES = [1e-4, 8e-4, 2e-4, 3e-5, 4e-4, 1e-5, 1.6e-3, 3e-3]  # in the order in which they are run
+SWEEPS: dict[str, dict[str, Any]] = {
+    "wide": {},
+    "narrow": {"start_lr": 1e-6, "end_lr": 0.1},
+    "lightning": {"start_lr": 1e-8, "end_lr": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,33 @@ def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
         print(f"{number}/{len(jobs)} {json.dumps(results.lines[-1])}", flush=True)
 
 
+def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
+    """Range tests of every design from every start."""
+    for case in cases(options.tasks, options.seeds):
+        for name, settings in SWEEPS.items():
+            key = case.key("sweep", sweep=name)
+            if results.find(**key):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = make_trainer(case, tasks, folder)
+                curve = lr_range_test(trainer, **settings)
+            results.add(
+                key
+                | {
+                    "bf16": tasks.bf16,
+                    "rates": curve.rates,
+                    "losses": curve.losses,
+                    "start_loss": curve.start_loss,
+                    "stopped": curve.stopped,
+                    "meta": curve.meta,
+                }
+            )
+            print(case, name, len(curve.rates), curve.stopped, curve.meta, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["curves"])
+    parser.add_argument("command", choices=["curves", "sweeps"])
     parser.add_argument("--results", type=Path, default=Path("runs/lr_suggestions.jsonl"))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ULMFIT_TOOLS_DATA", "../shared/data")))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -209,7 +239,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    run_curves(Results(options.results), Tasks(options.data, options.bf16), options)
+    command = {"curves": run_curves, "sweeps": run_sweeps}[options.command]
+    command(Results(options.results), Tasks(options.data, options.bf16), options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -77,7 +78,6 @@ def load_model_and_tokenizer(
     if label_names is not None:
         labels = {
             "problem_type": "single_label_classification",
-            "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {label: index for index, label in enumerate(label_names)},
         }
@@ -125,6 +125,10 @@ def _sha256(path: Path) -> str:
 def _one_line_errors(name: str | Path, online: bool) -> Iterator[None]:
     try:
         yield
+    except pickle.UnpicklingError:
+        raise InputError(
+            f'The weights of "{name}" are a pickle with more in it than tensors. Give safetensors.'
+        ) from None
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:

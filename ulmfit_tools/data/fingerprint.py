@@ -22,7 +22,7 @@ def content_fingerprint(splits: Mapping[str, Dataset], text_columns: Sequence[st
     total = hashlib.sha256(json.dumps([*header, {name: len(split) for name, split in splits.items()}]).encode())
     for split in splits.values():
         hashes = [hashlib.sha256() for _ in range(2 * len(text_columns) + 1)]
-        for table in split.with_format("arrow").iter(batch_size=10_000):
+        for table in split.with_format("arrow").iter(batch_size=1_000):
             for place, name in enumerate(text_columns):
                 texts = table.column(name)
                 # Lengths beside the joined bytes: "ab", "c" and "a", "bc" must differ.

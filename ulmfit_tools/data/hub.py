@@ -1,4 +1,4 @@
-"""Names on the Hub: whether it can be reached is asked once and briefly, and where it cannot only the cache is read."""
+"""The Hub: whether it can be reached is asked once and briefly, and where it cannot, only the local cache is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +28,9 @@ def hub_or_cache(online: bool) -> Iterator[None]:
     if online:
         yield
         return
-    switches = (constants, datasets.config)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    for switch in switches:
-        switch.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

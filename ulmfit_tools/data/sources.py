@@ -260,7 +260,7 @@ def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _require_texts(dataset: Dataset, name: str, where: str, batch_size: int = 10_000) -> None:
+def _require_texts(dataset: Dataset, name: str, where: str, batch_size: int = 1_000) -> None:
     """Raises an `InputError` naming the first row whose text is empty or no string, reading in batches."""
     feature = dataset.features[name]
     if feature not in (Value("string"), Value("large_string")):

@@ -96,7 +96,7 @@ def text_groups(dataset: Dataset, text_columns: Sequence[str]) -> np.ndarray:
     """
     groups = np.empty(len(dataset), dtype=np.uint64)
     row = 0
-    for batch in dataset.select_columns(list(text_columns)).iter(batch_size=10_000):
+    for batch in dataset.select_columns(list(text_columns)).iter(batch_size=1_000):
         for texts in zip(*(batch[name] for name in text_columns), strict=True):
             digest = hashlib.blake2b("\0".join(map(normalised, texts)).encode(), digest_size=8).digest()
             groups[row] = int.from_bytes(digest, "little")

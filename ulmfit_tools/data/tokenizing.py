@@ -58,7 +58,7 @@ def tokenize(
             desc="Tokenising",
         )
     for name, split in tokenised.items():
-        cut = sum(map(sum, (batch[_CUT_COLUMN] for batch in split.select_columns([_CUT_COLUMN]).iter(10_000))))
+        cut = sum(map(sum, (batch[_CUT_COLUMN] for batch in split.select_columns([_CUT_COLUMN]).iter(1_000))))
         note = f"{cut:,} of {len(split):,} {name} texts are longer than {limit} tokens and are cut."
         if cut and note not in data.notes:
             data.notes.append(note)

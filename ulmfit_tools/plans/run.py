@@ -37,7 +37,12 @@ from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.plans.record import RunFolder, check_folder, describe_run, start_folder
 from ulmfit_tools.plans.settings import phase_arguments, run_arguments
-from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
+from ulmfit_tools.trainer import (
+    ULMFiTTrainer,
+    ULMFiTTrainingArguments,
+    check_optimizer,
+    optimizer_of_arguments,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -106,9 +111,9 @@ class _Job:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     splits: Any
-    args: ULMFiTTrainingArguments
     folder: RunFolder
     phases: list[Phase]
+    phase_args: list[ULMFiTTrainingArguments]
     compute_metrics: Callable
     callbacks: Sequence[TrainerCallback]
 
@@ -165,6 +170,12 @@ def run_plan(
     group_names = layer_groups(model).names
     phases = plan.expand(group_names)
     _check_validation(phases, data)
+    phase_args = [
+        phase_arguments(phase, args, folder.phase_folder(i, phase.name), i, validates="validation" in data.splits)
+        for i, phase in enumerate(phases)
+    ]
+    for one in phase_args:
+        check_optimizer(one, len(group_names))
     description = describe_run(
         plan.to_dict(),
         args.to_dict() | {"max_length": max_length},
@@ -190,7 +201,7 @@ def run_plan(
     state.wait_for_everyone()
     with state.main_process_first():  # the others read what it left in the cache
         splits = tokenize(data, tokenizer, max_length=max_length, config=model.config)
-    job = _Job(model, tokenizer, splits, args, folder, phases, compute_metrics, callbacks)
+    job = _Job(model, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks)
     return _run_phases(job, plan.name)
 
 
@@ -272,8 +283,7 @@ def _trains(job: _Job, phase: Phase) -> tuple[tuple[str, ...], str]:
 
 def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
     """A trainer for one phase: its groups trainable, its rates and length in the arguments."""
-    phase = job.phases[index]
-    args = phase_arguments(phase, job.args, job.folder.phase_folder(index, phase.name), index, job.splits)
+    phase, args = job.phases[index], job.phase_args[index]
     groups = layer_groups(job.model)
     set_trainable(job.model, groups, phase.groups_to_train(groups.names))
     callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]

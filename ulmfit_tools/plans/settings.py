@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
-
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
@@ -71,10 +69,13 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
         args = ULMFiTTrainingArguments(
             **{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given}  # type: ignore[arg-type]
         )
-        args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
-        return args
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if not getattr(args, key) > 0:
+            raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")
+    args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
+    return args
 
 
 def _refuse_unused(plan: FineTuningPlan, key: str) -> None:
@@ -87,7 +88,7 @@ def _refuse_unused(plan: FineTuningPlan, key: str) -> None:
 
 
 def phase_arguments(
-    phase: Phase, args: ULMFiTTrainingArguments, folder: Path, index: int, splits: DatasetDict
+    phase: Phase, args: ULMFiTTrainingArguments, folder: Path, index: int, *, validates: bool
 ) -> ULMFiTTrainingArguments:
     """The training arguments of one phase: the run's, with what the phase names itself in their place.
 
@@ -96,7 +97,10 @@ def phase_arguments(
         args: The run's arguments.
         folder: Where the phase's checkpoints go.
         index: The phase's 0-based place; its seed is the run's plus this, so no two phases see one data order.
-        splits: Tokenised splits; without `validation` there is nothing to evaluate on.
+        validates: Whether there is a validation split to evaluate on.
+
+    Raises:
+        InputError: The phase and the arguments do not go together.
     """
     changes: dict[str, Any] = {
         "output_dir": str(folder),
@@ -124,7 +128,7 @@ def phase_arguments(
         changes |= {"lr_scheduler_type": phase.schedule, "lr_scheduler_kwargs": dict(phase.schedule_settings)}
         if phase.schedule in SCHEDULES:
             changes["warmup_steps"] = 0  # these have a rise of their own
-    if "validation" not in splits:
+    if not validates:
         changes["eval_strategy"] = "no"
     elif phase.keep == "best":
         # The best checkpoint can only be kept where one is written at each evaluation.
@@ -135,4 +139,7 @@ def phase_arguments(
             "save_strategy": args.eval_strategy,
             "save_steps": args.eval_steps or args.save_steps,
         }
-    return dataclasses.replace(args, **changes)
+    try:
+        return dataclasses.replace(args, **changes)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"Phase '{phase.name}': {' '.join(str(error).split())}") from None

@@ -1,0 +1,73 @@
+"""Shipped plans side by side on one dataset: test accuracy over seeds, wall time, optimizer steps.
+
+    python recipes/benchmarks/plans.py --dataset ../shared/data/trec --label_column coarse_label
+
+Runs lie in --output_dir, one folder each, and are resumed or taken over when the command is given again. For each seed
+the plans run in turn, so a machine that grows slower meanwhile slows all of them.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ulmfit_tools import load_text_classification, run_plan
+
+MODEL = "minilm"
+PLANS = ["baseline", "gradual_unfreezing", "chain_thaw"]
+SEEDS = [1, 2, 3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--text_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--max_length", type=int)
+    parser.add_argument("--plans", nargs="+", default=PLANS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--output_dir", default="runs/benchmarks/plans")
+    flags = parser.parse_args()
+    results: dict[str, list] = {name: [] for name in flags.plans}
+    for seed in flags.seeds:
+        data = load_text_classification(
+            flags.dataset, text_columns=flags.text_column, label_column=flags.label_column, seed=seed
+        )
+        for name in flags.plans:
+            results[name].append(
+                run_plan(
+                    name,
+                    model=flags.model,
+                    data=data,
+                    output_dir=Path(flags.output_dir) / Path(flags.dataset).name / f"{Path(name).stem}-{seed}",
+                    max_length=flags.max_length,
+                    seed=seed,
+                    resume=True,
+                )
+            )
+            print_table(results, flags.dataset)
+
+
+def print_table(results: dict[str, list], dataset: str) -> None:
+    table = Table(title=f"{dataset}: test split, seeds in the order given")
+    for column in ("plan", "accuracy", "each seed", "F1 macro", "training time", "steps"):
+        table.add_column(column, justify="left" if column == "plan" else "right")
+    for name, runs in results.items():
+        if runs:
+            accuracies = [run.metrics["test"]["accuracy"] for run in runs]
+            table.add_row(
+                name,
+                f"{statistics.mean(accuracies):.4f}",
+                " ".join(f"{value:.4f}" for value in accuracies),
+                f"{statistics.mean(run.metrics['test']['f1_macro'] for run in runs):.4f}",
+                f"{statistics.mean(run.seconds for run in runs):.0f} s",
+                f"{sum(phase.steps for phase in runs[0].phases)}",
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

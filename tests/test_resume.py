@@ -345,6 +345,7 @@ class TestSIGTERM:
         assert handlers == [before]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 class TestAdapters:
     """PEFT: a checkpoint holds the adapters alone."""
 

@@ -299,7 +299,7 @@ class GradualUnfreezing(TrainerCallback):
                 save_weights(model, weights_file(folder, step), freezing.fixed_parameters(model))
                 remove_weights(folder, keep=needed_steps(state.log_history, checkpoint_steps(folder), best_of))
             PartialState().wait_for_everyone()
-        elif best is not None and False:
+        elif best is not None and step in self._begun().starts:
             load_weights(model, weights_file(folder, best))
 
 

@@ -1,26 +1,27 @@
-"""The learning-rate range test: one short training over rising rates in the trainer's own steps, and no trace of it.
+"""The learning-rate range test: one short training over rising rates, in the trainer's own steps, that leaves no trace.
 
-Smith 2015 (arXiv:1506.01186), section 3.3: let the rate rise from very low to very high during a few updates, and
-see where the loss begins to fall and where it stops. The test runs a copy of the trainer that shares its model and
-makes its batches, losses, mixed precision, accumulation and clipping in its own way, and puts back all it has changed.
+Smith 2015 (arXiv:1506.01186), section 3.3: let the rate rise from very low to very high over a few updates, and see
+where the loss begins to fall and where it stops. The test trains with a shallow copy of the trainer, so batches,
+losses, mixed precision, accumulation and clipping are those of the real training, and puts back all that it changed.
 """
 
 import copy
 import logging
 import math
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
+from transformers.trainer_utils import has_length
 
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.layers import layer_groups
@@ -30,7 +31,7 @@ from ulmfit_tools.restoring import unchanged
 logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
-MIN_STEPS = 10
+MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
 
 
 def lr_range_test(
@@ -41,126 +42,92 @@ def lr_range_test(
     num_steps: int = 100,
     mode: str = "exponential",
     eval_batches: int = 0,
+    confirm: bool = False,
     offload_folder: str | Path | None = None,
 ) -> LRCurve:
-    """x."""
-    _check_sweep(start_lr, end_lr, num_steps, mode)
+    """Train for a few steps while the rate rises from very low to very high, and put everything back.
+
+    All layer groups keep the ratios between their rates: one multiplier is swept over them, and the rates that are
+    named are the head's, as everywhere. With `s` from 0 to `num_steps - 1`, step `s` is taken at
+
+    - exponential: `start_lr * (end_lr / start_lr) ** (s / (num_steps - 1))`
+    - linear: `start_lr + (end_lr - start_lr) * s / (num_steps - 1)`
+
+    A loss belongs to the rate of the update before it. The test ends early when the loss has diverged. It runs with
+    the layers that are trainable now and without the trainer's callbacks; nothing is logged, evaluated or saved.
+
+    In a distributed run all processes must call it. The loss is averaged over them, so they decide alike.
+
+    Args:
+        trainer: A `Trainer` or `ULMFiTTrainer`, in one process or with DDP. It need not have trained yet.
+        start_lr: The first rate of the last layer group, the head.
+        end_lr: The last one.
+        num_steps: Optimizer steps; with gradient accumulation each takes several batches.
+        mode: "exponential" or "linear".
+        eval_batches: Instead of the loss on the training batches, take the mean loss on this many batches of the
+            evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
+        confirm: Train a few short probes around the suggestion as well, all from the same start, and suggest the
+            best of them. How many steps this costs is logged before it begins.
+        offload_folder: Keep the copy of the trainable weights in a temporary file in this folder; by default it is in
+            the host's memory.
+
+    Returns:
+        The curve, with its suggestions.
+
+    Raises:
+        InputError: Settings out of range, nothing to train or to evaluate on, too few rows for a batch, or a loss that
+            is not a number before the first update.
+    """
+    rates = sweep_rates(start_lr, end_lr, num_steps, mode)
     _check_trainer(trainer, eval_batches)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    holders = [trainer.data_collator, trainer.train_dataset]
-    with unchanged(trainer.model, optimizer, holders=holders, offload_folder=offload_folder):
-        recorder = _Recorder(lambda step: sweep_rate(step, start_lr, end_lr, num_steps, mode), eval_batches)
-        start = time.perf_counter()
-        rehearse(trainer, optimizer, num_steps, recorder)
-        recorder.meta["seconds"] = time.perf_counter() - start
-    return recorder.curve()
+    with unchanged(
+        trainer.model,
+        optimizer,
+        holders=[trainer.data_collator, trainer.train_dataset, trainer.eval_dataset],
+        offload_folder=offload_folder,
+    ) as rewind:
+        sweep = _Rehearsal(trainer, optimizer, rates, eval_batches, stops=has_diverged)
+        curve = sweep.run()
+    return curve
 
 
-def sweep_rate(step: int, start_lr: float, end_lr: float, num_steps: int, mode: str) -> float:
-    share = step / (num_steps - 1)
-    return start_lr * (end_lr / start_lr) ** share if mode == "exponential" else start_lr + (end_lr - start_lr) * share
+def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> list[float]:
+    """The rate of each step; see `lr_range_test`.
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+    if not 0 < start_lr < end_lr < math.inf:
+        raise InputError(f"A sweep goes up: 0 < start_lr < end_lr. Received: start_lr={start_lr}, end_lr={end_lr}")
+    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
+        raise InputError(f"A range test needs at least {MIN_STEPS} steps; 100 is usual. Received: num_steps={num_steps}")
+    if mode not in MODES:
+        raise InputError(f"mode is one of {', '.join(MODES)}.{nearest(mode, MODES)} Received: mode={mode!r}")
+    shares = [step / (num_steps - 1) for step in range(num_steps)]
+    if mode == "linear":
+        return [start_lr + (end_lr - start_lr) * share for share in shares]
+    return [start_lr * (end_lr / start_lr) ** share for share in shares]
 
 
-def _check_sweep(start_lr, end_lr, num_steps, mode):
-    pass
-
-
-def _check_trainer(trainer, eval_batches):
-    pass
-
-
-class _Recorder(TrainerCallback):
-    def __init__(self, rate_at, eval_batches, stop=has_diverged):
-        self.rate_at = rate_at
-        self.eval_batches = eval_batches
-        self.rates, self.losses = [], []
-        self.stopped = "end"
-        self.meta = {}
-        self.sum = None
-        self.stop = stop
-
-    def watch(self, trainer):
-        self.trainer = trainer
-        step = trainer.training_step
-
-        def training_step(*args, **kwargs):
-            loss = step(*args, **kwargs)
-            self.sum = loss if self.sum is None else self.sum + loss
-            return loss
-
-        trainer.training_step = training_step
-
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kw):
-        if self.eval_batches:
-            ds = self.trainer.eval_dataset
-            rows = min(len(ds), self.eval_batches * args.eval_batch_size * args.world_size)
-            idx = [i * len(ds) // rows for i in range(rows)]
-            sub = ds.select(idx) if hasattr(ds, "select") else Subset(ds, idx)
-            self.batches = list(self.trainer.get_eval_dataloader(sub))
-            self._note(self._evaluate(model), control)
-
-    def _evaluate(self, model):
-        model.eval()
-        ls = [self.trainer.prediction_step(model, b, prediction_loss_only=True)[0] for b in self.batches]
-        return torch.stack(ls).mean()
-
-    def _note(self, loss, control):
-        v = self.trainer.accelerator.reduce(loss.detach().float(), "mean").item()
-        if not math.isfinite(v):
-            if not self.losses:
-                raise InputError("nan at first")
-            self.stopped = "nan"
-            control.should_training_stop = True
-            return
-        self.losses.append(v)
-        if self.stop(self.losses):
-            self.stopped = "diverged"
-            control.should_training_stop = True
-
-    def on_step_end(self, args, state, control, model=None, **kw):
-        loss, self.sum = self.sum, None
-        if not self.eval_batches and len(self.losses) <= len(self.rates):
-            self._note(loss, control)
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            return
-        self.rates.append(self.rate_at(len(self.rates)))
-        if self.eval_batches:
-            self._note(self._evaluate(model), control)
-
-    def curve(self):
-        return LRCurve(
-            rates=tuple(self.rates[: len(self.losses) - 1]),
-            losses=tuple(self.losses[1:]),
-            start_loss=self.losses[0],
-            stopped=self.stopped,
-            meta=self.meta,
+def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InputError("The range test runs in one process or with DDP: with FSDP or DeepSpeed, run it before, alone")
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise InputError("The model has no trainable parameters, so no rate changes anything: thaw some layers first")
+    if trainer.train_dataset is None:
+        raise InputError("The range test trains, and the trainer has no train_dataset")
+    batch = trainer.args.train_batch_size * trainer.args.world_size
+    if has_length(trainer.train_dataset) and len(trainer.train_dataset) < batch:
+        raise InputError(
+            f"The training data is smaller than one batch of {batch}: use smaller batches or more rows. "
+            f"Received: {len(trainer.train_dataset)} rows"
         )
-
-
-def rehearse(trainer, optimizer, num_steps, recorder):
-    args = copy.copy(trainer.args)
-    args.max_steps = num_steps
-    args.save_strategy = SaveStrategy.NO
-    args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
-    args.load_best_model_at_end = args.eval_on_start = args.push_to_hub = args.logging_nan_inf_filter = (
-        args.logging_first_step
-    ) = False
-    r = copy.copy(trainer)
-    r.args = args
-    r.create_accelerator_and_postprocess()
-    r.model_init = None
-    r.optimizer, r.lr_scheduler = optimizer, None
-    r.control = TrainerControl()
-    r.callback_handler = CallbackHandler([DefaultFlowCallback, recorder], r.model, r.processing_class, None, None)
-
-    def create_scheduler(num_training_steps, optimizer=None):
-        opt = r.optimizer if optimizer is None else optimizer
-        head = opt.param_groups[-1]
-        base = head.get("initial_lr", head["lr"])
-        r.lr_scheduler = LambdaLR(opt, lambda step: recorder.rate_at(step) / base)
-        return r.lr_scheduler
-
-    r.create_scheduler = create_scheduler
-    r.log = lambda *a, **k: None
-    recorder.watch(r)
-    Trainer.train(r)
+    if eval_batches < 0:
+        raise InputError(f"eval_batches counts batches, 0 for none. Received: eval_batches={eval_batches}")
+    if eval_batches and (isinstance(trainer.eval_dataset, dict) or not has_length(trainer.eval_dataset)):
+        found = "none" if trainer.eval_dataset is None else f"a {type(trainer.eval_dataset).__name__}"
+        raise InputError(
+            "eval_batches takes the loss on the trainer's eval_dataset, one dataset with a length: give it one or "
+            f"leave eval_batches out. Received: eval_batches={eval_batches}, eval_dataset: {found}"
+        )

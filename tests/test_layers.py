@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from architectures import tiny_model
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from tiny import tiny_bert
 from torch import nn
@@ -201,6 +202,13 @@ def test_lora_on_embeddings():
 
 
 @peft_asks_for_an_old_name
+def test_lora_makes_no_blocks_of_a_list_of_embeddings():
+    lists = r".*(xpath_(tag|subs)_sub_embeddings\.\d+|query)"
+    model = get_peft_model(tiny_model("markuplm"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=lists))
+    assert layer_groups(model).names == layer_groups(tiny_model("markuplm")).names
+
+
+@peft_asks_for_an_old_name
 def test_virtual_tokens_go_with_the_embeddings():
     model = get_peft_model(tiny_bert(), PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
     groups = layer_groups(model)
@@ -258,12 +266,42 @@ def test_blocks_of_the_same_tensors():
     }
 
 
+def test_one_module_under_two_names():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = LanguageModel()
+            self.blocks = self.body.blocks
+
+        def forward(self, ids):
+            return self.body(ids)
+
+    assert modules(Aliased()) == {
+        name: tuple(f"body.{path}" for path in paths) for name, paths in modules(LanguageModel()).items()
+    }
+
+
+def test_lists_of_different_lengths_in_one_loop():
+    class EveryOther(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.adapters = stack(4), stack(2)
+
+        def forward(self, x):
+            for index, block in enumerate(self.blocks):
+                x = self.adapters[index // 2](block(x))
+            return x
+
+    names = layer_groups(EveryOther()).names
+    assert names == [*(f"blocks.layer.{index}" for index in range(4)), "adapters.layer.0", "adapters.layer.1"]
+
+
 class LongDocuments(nn.Module):
     """Two stacks of which one is a transformers model, the other recurrent, as for AWD-LSTM."""
 
     def __init__(self):
         super().__init__()
-        self.classifier = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.classifier = nn.Sequential(nn.Sequential(nn.Linear(16, 2), nn.ReLU()), Block())  # a network, no stack
         self.encoder = tiny_bert(num_hidden_layers=2).bert
         self.rnns = nn.ModuleList([nn.LSTM(16, 16), nn.LSTM(16, 16)])
 

@@ -258,7 +258,6 @@ def test_settings_of_the_optimizer_arrive(tmp_path):
     optimizer = factory()(tiny_bert(), **settings)
     assert optimizer.defaults["betas"] == (0.5, 0.999)
     assert optimizer.defaults["eps"] == 1e-3
-    assert optimizer.defaults["lr"] == 1e-3
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0] * 6
     args = arguments(tmp_path, optim="sgd", optim_args="momentum=0.9,nesterov=true")
     factory, settings = discriminative_optimizer(args)
@@ -270,8 +269,10 @@ def test_arguments_are_read_when_the_optimizer_is_made(tmp_path):
     factory, settings = discriminative_optimizer(args, num_groups=3)
     args.learning_rate = 5e-2  # as a hyperparameter search does
     optimizer = factory()(tiny_bert(), **settings)
-    assert optimizer.param_groups[-1]["lr"] == 5e-2
+    assert optimizer.param_groups[-1]["lr"] == optimizer.defaults["lr"] == 5e-2
     assert len({group["name"] for group in optimizer.param_groups}) == 3
+    factory, settings = discriminative_optimizer(args, learning_rate=(1e-3, 2e-3))
+    assert factory()(tiny_bert(), **settings).defaults["lr"] == 2e-3  # StableAdamW divides by it
 
 
 def test_factory_and_keywords_can_be_pickled(tmp_path):

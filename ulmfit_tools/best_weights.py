@@ -76,7 +76,7 @@ def needed_steps(
     found = {best_of(history)}
     for at in checkpoints:
         found.add(best_of([entry for entry in history if entry["step"] <= at]))
-        found.add(best_of([entry for entry in history if entry["step"] < -1]))
+        found.add(best_of([entry for entry in history if entry["step"] < at]))
     return {step for step in found if step is not None}
 
 

@@ -89,7 +89,7 @@ def _find_stacks(model: nn.Module, with_towers: bool) -> tuple[set[int], set[int
     return stacks, ancestors
 
 
-def _is_tower(module: Part) -> bool:
+def _is_tower(module: nn.Module) -> bool:
     """Whether this is a transformers model that does not read text, as its class declares."""
     return "text" not in getattr(module, "input_modalities", "text")
 
@@ -150,7 +150,7 @@ def _in_order(parts: dict[str, Part], uses: tuple[Use, ...]) -> list[str]:
     neighbour = -1.0
     for name, part in parts.items():
         place = _place_of_use(name, part, uses)
-        if name in RUNS_FIRST or _is_tower(part):
+        if name in RUNS_FIRST:
             positions[name] = -1.0
         elif place is None and name in RUNS_LAST:
             positions[name] = float("inf")

@@ -30,12 +30,13 @@ from ulmfit_tools.data import (
     tokenize,
 )
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.freezing import set_trainable
-from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.freezing import set_trainable, trainable_names
+from ulmfit_tools.layers import LayerGroups, layer_groups
 from ulmfit_tools.metrics import classification_metrics
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.plans.record import RunFolder, check_folder, describe_run, start_folder
+from ulmfit_tools.plans.results import PhaseResult, PlanResult, clean_metrics
 from ulmfit_tools.plans.settings import phase_arguments, run_arguments
 from ulmfit_tools.trainer import (
     ULMFiTTrainer,
@@ -45,63 +46,6 @@ from ulmfit_tools.trainer import (
 )
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PhaseResult:
-    """What one phase came to.
-
-    Args:
-        name: The phase's name.
-        trains: Names of the layer groups that trained, input to output.
-        learning_rate: The rate of the last group at the schedule's peak, or `(low, high)`.
-        epochs: Epochs trained.
-        steps: Optimizer steps trained.
-        seconds: Wall time, summed over interruptions.
-        metrics: Validation metrics of the weights that the phase handed on, without the `eval_` prefix.
-    """
-
-    name: str
-    trains: tuple[str, ...]
-    learning_rate: Any
-    epochs: float
-    steps: int
-    seconds: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """What a run came to.
-
-    Args:
-        output_dir: The run folder: an ordinary model folder too.
-        plan: The plan's name.
-        phases: One result for each phase, in order.
-        metrics: For each evaluated split (`validation`, `test`) its metrics.
-        seconds: Wall time of all phases.
-    """
-
-    output_dir: Path
-    plan: str
-    phases: list[PhaseResult]
-    metrics: dict[str, dict[str, float]]
-    seconds: float
-
-    @classmethod
-    def from_dict(cls, output_dir: Path, values: dict[str, Any]) -> "PlanResult":
-        """The result that `results.json` in a run folder holds."""
-        phases = [PhaseResult(**phase | {"trains": tuple(phase["trains"])}) for phase in values["phases"]]
-        return cls(output_dir, values["plan"], phases, values["metrics"], values["seconds"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `results.json`."""
-        return {
-            "plan": self.plan,
-            "seconds": self.seconds,
-            "metrics": self.metrics,
-            "phases": [dataclasses.asdict(phase) for phase in self.phases],
-        }
 
 
 @dataclass
@@ -167,15 +111,14 @@ def run_plan(
     if isinstance(data, str):
         data = load_text_classification(data, seed=args.seed)
     model, tokenizer, model_name = _get_model(model, tokenizer, data, args, trust_remote_code)
-    group_names = layer_groups(model).names
-    phases = plan.expand(group_names)
-    _check_validation(phases, data)
+    groups = layer_groups(model)
+    phases = plan.expand(groups.names)
     phase_args = [
         phase_arguments(phase, args, folder.phase_folder(i, phase.name), i, validates="validation" in data.splits)
         for i, phase in enumerate(phases)
     ]
-    for one in phase_args:
-        check_optimizer(one, len(group_names))
+    for phase, its_args in zip(phases, phase_args, strict=True):
+        _check_phase(phase, its_args, model, groups, data)
     description = describe_run(
         plan.to_dict(),
         args.to_dict() | {"max_length": max_length},
@@ -186,7 +129,7 @@ def run_plan(
             "text_columns": list(data.text_columns),
             "label_names": list(data.label_names),
         },
-        {"name": model_name, "fingerprint": _fingerprint(model), "groups": list(group_names)},
+        {"name": model_name, "fingerprint": _fingerprint(model), "groups": list(groups.names)},
         args.world_size,
     )
     state = PartialState()
@@ -227,10 +170,15 @@ def _get_model(model, tokenizer, data, args, trust_remote_code):
     return model, tokenizer, type(model).__name__
 
 
-def _check_validation(phases: list[Phase], data: TextClassificationData) -> None:
-    needing = [phase.name for phase in phases if phase.keep == "best"]
-    if needing and "validation" not in data.splits:
-        raise InputError(f"Phase '{needing[0]}' chooses by the validation loss, and the data has no validation split")
+def _check_phase(phase: Phase, args: ULMFiTTrainingArguments, model: Any, groups: LayerGroups, data: Any) -> None:
+    """Whatever is wrong with a phase is told before the first one starts."""
+    if phase.keep == "best" and "validation" not in data.splits:
+        raise InputError(f"Phase '{phase.name}' chooses by the validation loss, and the data has no validation split")
+    if not trainable_names(model, groups, phase.groups_to_train(groups.names)):
+        raise InputError(
+            f"Phase '{phase.name}' would train nothing: train={phase.train!r} has no parameter that can train"
+        )
+    check_optimizer(args, len(groups))
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -276,9 +224,9 @@ def _trains(job: _Job, phase: Phase) -> tuple[tuple[str, ...], str]:
     trained = tuple(names[i] for i in phase.groups_to_train(names))
     if len(trained) == len(names):
         return trained, f"all {len(names)} layer groups"
-    return trained, ", ".join(trained) if len(
-        trained
-    ) < 4 else f"{trained[0]} to {trained[-1]} ({len(trained)} groups)"
+    if len(trained) < 4:
+        return trained, ", ".join(trained)
+    return trained, f"{trained[0]} to {trained[-1]} ({len(trained)} groups)"
 
 
 def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
@@ -347,13 +295,6 @@ def _kept_metrics(trainer: ULMFiTTrainer) -> dict[str, float]:
     return clean_metrics(logged[-1] if logged else trainer.evaluate())
 
 
-def clean_metrics(metrics: Mapping[str, Any], prefix: str = "eval_") -> dict[str, float]:
-    """The scores among a trainer's metrics, without prefix, times and counts."""
-    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return {key: value for key, value in named.items() if not key.endswith(timing)}
-
-
 def _tidy(job: _Job, index: int) -> None:
     """Remove what this phase's result makes needless: its checkpoints, and the weights that it started from."""
     done = job.folder.phase_folder(index, job.phases[index].name)
@@ -405,6 +346,3 @@ class _PhaseClock(TrainerCallback):
         if state.is_world_process_zero:
             values = {"status": "running", "step": state.global_step, "seconds": round(self.seconds(), 1)}
             self.folder.write_phase_state(self.index, self.name, values)
-
-
-__all__ = ["PhaseResult", "PlanResult", "clean_metrics", "run_plan"]

@@ -16,18 +16,18 @@ ARCHITECTURES = sorted(MODEL_CLASSES.keys() - NEEDS_A_PACKAGE)
 
 # What configs call the same thing, and its tiny value.
 SIZES = {
-    32: "hidden_size d_model n_embd dim emb_dim embedding_size pooler_hidden_size input_embedding_size d_latents "
-    "output_embedding_size pronunciation_embed_dim shape_embed_dim attention_hidden_size true_hidden_size "
-    "intra_bottleneck_size entity_emb_size out_hidden_size prediction_head_size vision_dim",
+    32: "hidden_size d_model n_embd dim emb_dim embedding_size input_embedding_size d_latents "
+    "output_embedding_size pronunciation_embed_dim shape_embed_dim attention_hidden_size "
+    "intra_bottleneck_size entity_emb_size out_hidden_size prediction_head_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "num_key_value_heads num_kv_heads n_routed_experts num_experts num_local_experts n_mamba_heads",
     8: "head_dim d_kv d_head attention_head_size attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim "
-    "mamba_headdim qk_head_dim index_head_dim linear_key_head_dim linear_value_head_dim kv_channels",
-    64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff hidden_dim n_inner "
-    "ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size feed_forward_size num_buckets "
+    "index_head_dim linear_key_head_dim linear_value_head_dim kv_channels",
+    64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff hidden_dim "
+    "ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size feed_forward_size "
     "max_position_embeddings n_positions max_seq_len num_hash_buckets",
     3: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers",
-    16: "kv_lora_rank q_lora_rank mamba_dt_rank mamba_d_state adapter_rank image_size patch_embed_dim",
+    16: "kv_lora_rank q_lora_rank mamba_dt_rank mamba_d_state adapter_rank image_size",
     100: "vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size",
 }
 TINY = {name: value for value, names in SIZES.items() for name in names.split()}

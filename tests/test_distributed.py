@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import distributed_worker
 import pytest
 from accelerate.utils import DistributedType
-from test_callbacks import trainer_of
+from unfreezing_runs import trainer_of
 
 from ulmfit_tools.callbacks import GradualUnfreezing
 from ulmfit_tools.errors import InputError

@@ -1,5 +1,7 @@
 """The order of use that the source of a `forward` tells."""
 
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -80,7 +82,7 @@ def test_recursion_ends():
 
 def test_decorated_forward_is_unwrapped():
     class Decorated(Nested):
-        forward = torch.no_grad()(Nested.forward)
+        forward = cache(torch.no_grad()(Nested.forward))
 
     assert names(Decorated) == ["inner", "scale", "outer"]
 

@@ -36,7 +36,7 @@ OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad",
 
 
 def test_factor_divides_from_the_head_down():
-    # ULMFiT: 1e-2, then 2.6, 2.6 ** 2 = 6.76 and 2.6 ** 3 = 17.576 times lower.
+    # ULMFiT's factor: 1e-2, then 2.6, 2.6 ** 2 = 6.76 and 2.6 ** 3 = 17.576 times lower.
     assert group_learning_rates(4, 1e-2, factor=2.6) == pytest.approx([1e-2 / 17.576, 1e-2 / 6.76, 1e-2 / 2.6, 1e-2])
     assert group_learning_rates(3, 1e-3, factor=1) == [1e-3, 1e-3, 1e-3]
     assert group_learning_rates(1, 1e-3, factor=5) == [1e-3]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.compiler.config
-from test_callbacks import Watch, arguments, trainer_of, watched
 from tiny import tiny_bert, token_rows
 from transformers import Trainer
+from unfreezing_runs import Watch, arguments, trainer_of, watched
 
 from ulmfit_tools.callbacks import GradualUnfreezing
 from ulmfit_tools.layers import layer_groups

@@ -276,7 +276,6 @@ class GradualUnfreezing(TrainerCallback):
             return
         freezing.set_trainable(model, run.groups, run.stages[stage])
         run.stage = stage
-        run.release_eval_mode()
         if self.eval_mode_for_frozen:
             frozen = freezing.frozen_modules(model, run.groups)
             run.release_eval_mode = freezing.keep_in_eval_mode(model, frozen)

@@ -1,6 +1,6 @@
 """Layer groups and learning rates -> the parameter groups of an optimizer.
 
-Discriminative fine-tuning (Howard & Ruder 2018, section 3.1): layers near the input hold what is general and change
+Discriminative fine-tuning (Howard & Ruder 2018, section 3.2): layers near the input hold what is general and change
 little, the head is new and learns fast, so each layer group has its own rate. `learning_rate` always means the rate
 of the last group, the head.
 """
@@ -27,8 +27,8 @@ DEFAULT_SPREAD = 10.0
 """How many times the rate of the first group goes into the head's, where no factor is given.
 
 The default fixes this total and derives the factor between neighbours from the number of groups, because the total is
-what makes a rate too large or too small for a layer. ULMFiT's factor of 2.6 belongs to the 4 groups of an AWD-LSTM
-(2.6 ** 3, about 18 from end to end); kept for each of 12 blocks it would be 2.5e5, and for 48 blocks 2e20, so that
+what makes a rate too large or too small for a layer. ULMFiT's factor of 2.6 belongs to the 5 groups of an AWD-LSTM
+(2.6 ** 4, about 46 from end to end); kept for each of 12 blocks it would be 2.5e5, and for 48 blocks 2e20, so that
 nearly all of the network would stand still. With 3 groups this default is 3.2 between neighbours, the lower end of
 fast.ai's 3x-10x; with the 14 groups of a 12-block encoder 1.19, a layer decay of 0.84.
 """
@@ -54,7 +54,7 @@ def group_learning_rates(num_groups: int, learning_rate: LearningRate, *, factor
     Args:
         num_groups: How many layer groups there are.
         learning_rate: The head's rate, a span, or a list. A list of two is a span unless there are two groups.
-        factor: At least 1, and only for a single `learning_rate`; 2.6 is ULMFiT's for its 4 groups, 1 means the same
+        factor: At least 1, and only for a single `learning_rate`; 2.6 is ULMFiT's for its 5 groups, 1 means the same
             rate everywhere.
 
     Raises:

@@ -349,9 +349,9 @@ def _loss_counts_items(model: nn.Module) -> bool:
     mean over their batch: with 4 accumulated batches, loss and gradients are 4 times too large. A wrong "no" does no
     harm: means over batches are averaged, as for a model without `**kwargs`.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = inspect.unwrap(type(model).forward)
-    if hasattr(model, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(forward).parameters:
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # under PEFT
+    forward = inspect.unwrap(type(base).forward)
+    if hasattr(base, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(forward).parameters:
         return True
     try:
         return re.search(r"self\.loss_function\([^()]*\*\*", inspect.getsource(forward)) is not None

@@ -1,0 +1,187 @@
+"""A training inside `unchanged` leaves nothing behind, whichever way it ends."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_bert
+from torch import nn
+
+from ulmfit_tools.restoring import unchanged
+
+
+class WithBuffers(nn.Module):
+    """A counter that is replaced, one that is not in the state, and a mode, a gradient and a hook to disturb."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained = nn.Linear(3, 2)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("seen", torch.zeros(2), persistent=False)
+
+    def forward(self, inputs):
+        self.seen = self.seen + 1
+        return self.trained(self.norm(self.frozen(inputs)))
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def train(model, steps=3, rate=0.1):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_model_and_random_numbers_are_back(on_disk, error, tmp_path):
+    model = WithBuffers()
+    before, hooks = snapshot(model), len(model.trained._forward_hooks)
+    expected = (random.Random(0).random(), np.random.RandomState(0).rand(), None)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    next_normal = torch.randn(1, generator=torch.Generator().manual_seed(0))
+
+    def disturb():
+        with unchanged(model, offload_folder=tmp_path if on_disk else None):
+            assert len(list(tmp_path.iterdir())) == on_disk
+            random.random(), np.random.rand()
+            train(model)
+            model.trained.register_forward_hook(lambda *_: None)
+            model.eval()
+            model.frozen.requires_grad_(True)
+            model.forward = lambda inputs: inputs
+            model.trained.note = "new"
+            assert not same(before, snapshot(model))
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(error):
+            disturb()
+    else:
+        disturb()
+    assert same(before, snapshot(model))
+    assert (random.random(), np.random.rand()) == expected[:2]
+    assert torch.equal(torch.randn(1), next_normal)
+    assert len(model.trained._forward_hooks) == hooks
+    assert "forward" not in vars(model)
+    assert not hasattr(model.trained, "note")
+    assert model.training
+    assert not any(parameter.requires_grad for parameter in model.frozen.parameters())
+    assert all(parameter.requires_grad for parameter in model.trained.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradients_are_those_from_before():
+    model = WithBuffers()
+    model(torch.ones(4, 3)).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with unchanged(model):
+        train(model)
+    assert before.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.equal(before[name], p.grad) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_frozen_weights_are_not_copied(monkeypatch):
+    """One copy of the trainable numbers and the buffers, counted as they are copied."""
+    copied = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: (copied.append(self.numel()), to(self, *a, **k))[1])
+    model = WithBuffers()
+    with unchanged(model):
+        pass
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(copied) == trained + sum(b.numel() for b in model.buffers())
+
+
+def test_an_optimizer_keeps_its_state_rates_and_schedule():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    groups, step = optimizer.param_groups, optimizer.step
+    with unchanged(model, optimizer):
+        assert not optimizer.state
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step + 1)
+        optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does: other dictionaries for the groups
+        for _ in range(2):
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        optimizer.param_groups[0]["weight_decay"] = 3.0
+    assert optimizer.param_groups is groups
+    assert optimizer.step == step
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, values in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in values.items())
+
+
+def test_rewind_starts_the_same_run_again():
+    model = WithBuffers()
+    optimizer = torch.optim.AdamW(model.trained.parameters(), lr=0.1)
+    with unchanged(model, optimizer) as rewind:
+        ends = []
+        for _ in range(2):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizer.step()
+            ends.append(snapshot(model))
+            rewind()
+            assert not optimizer.state
+    assert same(*ends)
+    assert not same(ends[0], snapshot(model))
+
+
+class Noisy:
+    """A collator with generators of its own."""
+
+    def __init__(self):
+        self.torch, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.old, self.python = np.random.RandomState(1), random.Random(1)
+        self.calls = 0
+
+    def draw(self):
+        self.calls += 1
+        numbers = (torch.rand(1, generator=self.torch).item(), self.numpy.random(), self.old.rand())
+        return (*numbers, self.python.random(), self.calls)
+
+
+def test_generators_of_a_collator_are_put_back():
+    collator, twin = Noisy(), Noisy()
+    with unchanged(nn.Linear(1, 1), holders=[collator, [1, 2], None, len]):
+        collator.draw()
+    assert collator.draw() == twin.draw()
+
+
+def test_values_to_the_bit_with_nan_and_negative_zero():
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[float("nan"), -0.0]]))
+    bits = model.weight.detach().view(torch.int32).clone()
+    with unchanged(model), torch.no_grad():
+        model.weight.fill_(1.0)
+    assert torch.equal(model.weight.detach().view(torch.int32), bits)
+
+
+def test_configuration_is_put_back():
+    model = tiny_bert()
+    with unchanged(model):
+        model.config.pad_token_id = 7
+        model.config.id2label[0] = "changed"
+    assert model.config.pad_token_id != 7
+    assert model.config.id2label[0] == "LABEL_0"

@@ -306,3 +306,59 @@ def test_model_object_runs(data, tmp_path):
     plan = FineTuningPlan(name="x", phases=[Phase(name="a", train="head", steps=2, learning_rate=1e-3)])
     result = run(plan, bert, data, tmp_path / "run", tokenizer=tiny_tokenizer())
     assert result.phases[0].trains == (layer_groups(bert).names[-1],)
+
+
+def test_phase_whose_checkpoints_are_all_damaged_starts_anew(whole, model, data, tmp_path, caplog):
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, tmp_path / "run", callbacks=[StopAt("02-all", 9)])
+    (checkpoint,) = (tmp_path / "run/phases/02-all").glob("checkpoint-*")
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    run(TWO_PHASES, model, data, tmp_path / "run", resume=True)
+    assert "Phase 'all' starts anew" in caplog.text
+    assert "optimizer.pt has 0 of" in caplog.text
+    assert same(weights(tmp_path / "run"), weights(whole.output_dir))
+
+
+def test_a_phase_without_trainable_parameters_is_refused(data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from tiny import tiny_bert
+    from tiny_text import tiny_tokenizer
+
+    bert = get_peft_model(tiny_bert(num_labels=3), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    plan = FineTuningPlan(name="x", phases=[Phase(name="low", train=["embeddings"], steps=1)])
+    with pytest.raises(InputError, match="'low' would train nothing"):
+        run(plan, bert, data, tmp_path / "run", tokenizer=tiny_tokenizer())
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_train_by_depth_and_resume(data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from tiny import tiny_bert
+    from tiny_text import tiny_tokenizer
+
+    def adapted():
+        torch.manual_seed(0)
+        return get_peft_model(tiny_bert(num_labels=3), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+
+    plan = FineTuningPlan(name="x", settings={"learning_rate": 1e-2}, phases=[
+        Phase(name="top", train=2, epochs=1), Phase(name="all", train=5, epochs=1),
+    ])  # fmt: skip
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+
+    quiet = {"tokenizer": tiny_tokenizer(), "per_device_train_batch_size": 16}
+    first = run(plan, adapted(), data, tmp_path / "first", callbacks=[Look()], **quiet)
+    assert all("lora_" in name or "classifier" in name for names in seen for name in names)
+    assert [sorted({int(name.split("layer.")[1][0]) for name in names if "layer." in name}) for names in seen] == [
+        [3],
+        [0, 1, 2, 3],
+    ]
+    with pytest.raises(Stop):
+        run(plan, adapted(), data, tmp_path / "run", callbacks=[StopAt("02-all", 3)], **quiet)
+    again = run(plan, adapted(), data, tmp_path / "run", resume=True, **quiet)
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "run")]
+    assert same(*adapters)
+    assert again.metrics == first.metrics

@@ -146,7 +146,10 @@ def killer(rng: random.Random, duration: float, folder: Path, in_writing: bool) 
     due = [float("inf")]
 
     def kill(seconds: float) -> bool:
-        fresh = {p for pattern in ("**/.incomplete-*", "**/checkpoint-*") for p in folder.glob(pattern)} - seen
+        try:
+            fresh = {p for pattern in ("**/.incomplete-*", "**/checkpoint-*") for p in folder.glob(pattern)} - seen
+        except FileNotFoundError:  # a folder was renamed while it was looked through
+            return seconds >= due[0]
         seen.update(fresh)
         if len(seen) > skipped and fresh:
             due[0] = min(due[0], seconds + delay)

@@ -45,6 +45,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be read or written, told in one line."""
 
 
+class NoGoodCheckpoint(CheckpointError):
+    """There is no checkpoint to go on from: none was written, or all are damaged."""
+
+
 def step_of(checkpoint: str | Path) -> int:
     """The optimizer step at which a checkpoint was written: 120 for `.../checkpoint-120`.
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
 from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from ulmfit_tools import checkpoints
-from ulmfit_tools.checkpoints import CheckpointError
+from ulmfit_tools.checkpoints import CheckpointError, NoGoodCheckpoint
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.param_groups import discriminative_optimizer, group_learning_rates
 from ulmfit_tools.resuming import RunKeeper, TrainingInterrupted, parameter_names, write_record
@@ -231,10 +231,10 @@ class ULMFiTTrainer(Trainer):
             try:
                 found[0] = _choose_checkpoint(resume, str(self.args.output_dir))
             except CheckpointError as error:
-                found[1] = str(error)
+                found[1] = error
         broadcast_object_list(found)
         if found[1] is not None:
-            raise CheckpointError(found[1])
+            raise found[1]
         return found[0]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -367,7 +367,7 @@ def _choose_checkpoint(resume: str | os.PathLike | bool | None, folder: str) -> 
         chosen, skipped = checkpoints.last_good_checkpoint(folder)
         if chosen is None:
             passed = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
-            raise CheckpointError(f"There is no whole checkpoint in {folder} to resume from. {passed}".rstrip())
+            raise NoGoodCheckpoint(f"There is no whole checkpoint in {folder} to resume from. {passed}".rstrip())
         for path, reason in skipped:
             logger.warning(f"Passed over {path}: {reason}.")
     else:

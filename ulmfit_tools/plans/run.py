@@ -21,7 +21,14 @@ from transformers import (
 from transformers.utils import logging
 
 from ulmfit_tools.callbacks import StopWhenOverfit
-from ulmfit_tools.checkpoints import last_good_checkpoint, whole_folder, write_json
+from ulmfit_tools.checkpoints import (
+    NoGoodCheckpoint,
+    clean_up,
+    delete_folder,
+    list_checkpoints,
+    whole_folder,
+    write_json,
+)
 from ulmfit_tools.data import (
     TextClassificationData,
     ensure_padding,
@@ -254,10 +261,14 @@ def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
 def _run_phase(job: _Job, index: int, trainer: ULMFiTTrainer) -> PhaseResult:
     phase = job.phases[index]
     here = job.folder.phase_folder(index, phase.name)
-    checkpoint, skipped = last_good_checkpoint(here) if here.is_dir() else (None, [])
-    for path, reason in skipped:
-        logger.warning(f"Not resumed from {path}: {reason}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.is_world_process_zero():
+        clean_up(here)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=bool(list_checkpoints(here)))
+    except NoGoodCheckpoint as none_left:
+        logger.warning(f"Phase '{phase.name}' starts anew from the weights of the phase before. {none_left}")
+        trainer.train()
     clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _PhaseClock))
     result = PhaseResult(
         name=phase.name,
@@ -298,11 +309,12 @@ def _kept_metrics(trainer: ULMFiTTrainer) -> dict[str, float]:
 def _tidy(job: _Job, index: int) -> None:
     """Remove what this phase's result makes needless: its checkpoints, and the weights that it started from."""
     done = job.folder.phase_folder(index, job.phases[index].name)
-    for checkpoint in done.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for checkpoint in list_checkpoints(done):
+        delete_folder(checkpoint)
     if index > 0:
         before = job.folder.phase_folder(index - 1, job.phases[index - 1].name)
-        shutil.rmtree(before / "model", ignore_errors=True)
+        if (before / "model").is_dir():
+            delete_folder(before / "model")
 
 
 def _release(trainer: ULMFiTTrainer) -> None:

@@ -23,7 +23,7 @@ args = TrainingArguments(
     save_strategy="no",
 )
 data = load_text_classification(DATASET)
-model, tokenizer = load_model_and_tokenizer(MODEL, num_labels=len(data.label_names), label_names=data.label_names)
+model, tokenizer = load_model_and_tokenizer(MODEL, label_names=data.label_names)
 rows = tokenize(data, tokenizer, max_length=MAX_LENGTH)
 
 
@@ -46,5 +46,8 @@ trainer = SlantedTrainer(
     optimizer_cls_and_kwargs=discriminative_optimizer(args),
     callbacks=[GradualUnfreezing(by="fraction", every=0.1, groups_per_stage=3)],
 )
+# Classifiers average over the batch whatever they are told; without this, Trainer takes their loss for one that is
+# scaled already, and k accumulation steps or processes make it k times too large.
+trainer.model_accepts_loss_kwargs = False
 trainer.train()
 print(trainer.evaluate(rows["test"], metric_key_prefix="test"))

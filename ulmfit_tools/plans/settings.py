@@ -11,8 +11,9 @@ from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.schedules import SCHEDULES
 from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
-# What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch.
-_RUN_DEFAULTS = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2}
+# What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch. A phase
+# is prepared with just its own parameters trainable, so DDP need not search for unused ones in each step.
+_RUN_DEFAULTS = {"eval_strategy": "epoch", "save_strategy": "epoch", "ddp_find_unused_parameters": False}
 
 # Training arguments that a run of phases decides itself, and what to use in their place.
 _MANAGED = {

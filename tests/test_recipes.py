@@ -1,0 +1,72 @@
+"""The recipes run as they stand, on tiny models and data."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_text import colour_folder, model_folder
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(model_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(colour_folder(tmp_path_factory.mktemp("data")))
+
+
+def python(*command, cwd, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_plain_trainer(model, data, tmp_path):
+    source = (RECIPES / "plain_trainer.py").read_text()
+    for name, value in (("MODEL", model), ("DATASET", data)):
+        source, count = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', source, flags=re.M)
+        assert count == 1
+    (tmp_path / "recipe.py").write_text(source)
+    printed = python("recipe.py", cwd=tmp_path).stdout
+    assert "test_accuracy" in printed.splitlines()[-1]
+    assert len(source.splitlines()) < 65
+
+
+@pytest.mark.slow
+def test_fine_tune_in_two_processes(model, data, tmp_path):
+    config = RECIPES / "accelerate_configs" / "two_cpu_processes.yaml"
+    flags = ["--model", model, "--dataset", data, "--use_cpu", "--output_dir", "run", "--num_train_epochs", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, RECIPES / "fine_tune.py", *flags]
+    printed = python(*launch, "--per_device_train_batch_size", "8", cwd=tmp_path).stdout
+    assert printed.count("Plan 'gradual_unfreezing'") == 1  # by the main process alone
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["processes"] == 2
+    result = json.loads((tmp_path / "run/results.json").read_text())
+    assert [phase["steps"] for phase in result["phases"]] == [6, 6]  # 96 rows in batches of 2 x 8
+
+
+@pytest.mark.slow
+def test_plans_benchmark(model, data, tmp_path):
+    flags = ["--model", model, "--dataset", data, "--plans", "baseline", "--seeds", "1", "2"]
+    printed = python(RECIPES / "benchmarks/plans.py", *flags, cwd=tmp_path).stdout
+    assert "baseline" in printed.splitlines()[-2]
+    assert len(list((tmp_path / "runs/benchmarks/plans").rglob("results.json"))) == 2
+
+
+@pytest.mark.slow
+def test_step_time_benchmark(model, data, tmp_path):
+    flags = ["--model", model, "--dataset", data, "--rounds", "1", "--steps", "2"]
+    printed = python(RECIPES / "benchmarks/step_time.py", *flags, cwd=tmp_path).stdout
+    assert "a step with a rate for each layer group: median" in printed
+    assert "an epoch in batches of like length: median" in printed

@@ -84,14 +84,14 @@ def _parse(command: str, flag_classes: Sequence[type], argv: Sequence[str], desc
 
     names = [f"--{f.name}" for flag_class in flag_classes for f in dataclasses.fields(flag_class)]
 
-    class Parser(HfArgumentParser):
+    class Parser(HfArgumentParser):  # one that raises where argparse prints its usage
         def error(self, message: str):
             _, _, unknown = message.partition("unrecognized arguments: ")
             suggestion = nearest(unknown.split()[0].split("=")[0], names) if unknown else ""
             raise InputError(f"{command}: {message}.{suggestion} '{PROGRAM} {command} --help' lists the flags")
 
     parser = Parser(
-        flag_classes,
+        tuple(flag_classes),  # type: ignore[arg-type]
         prog=f"{PROGRAM} {command}",
         description=description,
         allow_abbrev=False,

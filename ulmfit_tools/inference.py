@@ -75,7 +75,7 @@ def evaluate_model(
         InputError: Bad input, or labels in the data that the model does not know.
     """
     classifier, tokenizer = load_model_and_tokenizer(model, trust_remote_code=trust_remote_code)
-    names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
+    names = _label_names(classifier)
     trained = _run_settings(model)
     data = load_for_evaluation(
         dataset,
@@ -117,11 +117,10 @@ def predict_texts(
     encoded = tokenizer(list(firsts), seconds and list(seconds), truncation="longest_first", max_length=limit)
     rows = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
     logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size=batch_size))
+    names = _label_names(classifier)
     scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
     return [
-        Prediction(
-            text if isinstance(text, str) else " | ".join(text), classifier.config.id2label[int(label)], float(score)
-        )
+        Prediction(text if isinstance(text, str) else " | ".join(text), names[int(label)], float(score))
         for text, label, score in zip(texts, labels, scores, strict=True)
     ]
 
@@ -134,17 +133,22 @@ def predict_logits(
     Batches are made of texts of like length, so that little is spent on padding.
     """
     device = PartialState().device
-    model = model.to(device).eval()  # type: ignore[arg-type]
+    model = model.to(device).eval()
     collate = DataCollatorWithPadding(tokenizer)
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")[::-1]
-    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
+    logits = np.empty((len(order), len(_label_names(model))), dtype=np.float32)
     names = list(tokenizer.model_input_names)
     for start in tqdm(range(0, len(order), batch_size), desc="Predicting", disable=len(order) <= batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([{key: rows[int(i)][key] for key in names if key in rows[int(i)]} for i in chosen])
         with torch.inference_mode():
-            logits[chosen] = model(**batch.to(device)).logits.float().cpu().numpy()
+            outputs = model(**{key: tensor.to(device) for key, tensor in batch.items()})
+        logits[chosen] = outputs.logits.float().cpu().numpy()
     return logits
+
+
+def _label_names(model: PreTrainedModel) -> list[str]:
+    return [name for _, name in sorted((int(index), name) for index, name in (model.config.id2label or {}).items())]
 
 
 def _run_settings(model: str) -> dict[str, Any]:

@@ -1,31 +1,316 @@
-from dataclasses import dataclass, field
-from typing import Any
+"""What a learning-rate range test found: losses against rates, and the rates that they suggest. Pure arithmetic.
+
+Why the usual readings say too much for Transformers: a sweep mixes up rate and time. At each rate it takes a handful of
+steps, and what only some steps at a rate begin to spoil, hundreds of them do spoil. The default here turns the one into
+the other by the number of steps that the training will take; see `horizon`.
+"""
+
+import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ulmfit_tools.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the rate
+CLEAR, SURE = 2.0, 4.0  # falls of the loss, in standard errors, that count as seen and as certain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A short training at one rate, from the same start as all others.
+
+    Args:
+        rate: The rate that the probe stands for in the planned training.
+        peak: The highest rate of the probe itself, which is shorter than that training and so can bear more.
+        loss: Its mean loss over the last quarter of its steps; None where it was not a number.
+    """
+
+    rate: float
+    peak: float
+    loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LRCurve:
-    rates: tuple
-    losses: tuple
+    """The result of a learning-rate range test.
+
+    Args:
+        rates: The rate of the last layer group (the head) at each measured update, rising.
+        losses: The loss after each of these updates.
+        start_loss: The loss before the first.
+        training_steps: Optimizer steps that the planned training takes.
+        stopped: Why the test ended: "end", "diverged" or "nan".
+        mode: "exponential" or "linear".
+        loss_on: "training" or "evaluation" batches.
+        steps: Optimizer steps that the test took, probes included.
+        seconds: Wall time of them.
+        probes: What the confirmation tried; empty without one.
+
+    Raises:
+        InputError: The rates do not rise, are not as many as the losses, or are fewer than five.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
     start_loss: float
+    training_steps: int
     stopped: str = "end"
-    meta: dict = field(default_factory=dict)
+    mode: str = "exponential"
+    loss_on: str = "training"
+    steps: int = 0
+    seconds: float = 0.0
+    probes: tuple[Probe, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the points."""
+        rising = all(low < high for low, high in zip(self.rates, self.rates[1:], strict=False))
+        if len(self.rates) != len(self.losses) or len(self.rates) < 5 or not rising or self.rates[0] <= 0:
+            raise InputError(
+                "A curve needs at least five rising rates with a loss each; did the loss diverge at once? Begin lower."
+                f" Received: {len(self.rates)} rates, {len(self.losses)} losses"
+            )
+
+    # What the losses look like without their noise
+
+    @cached_property
+    def smoothed(self) -> tuple[float, ...]:
+        """An exponential moving average over the rates in both directions, which lags behind in none.
+
+        `s_i = sum_j w_ij l_j` with `w_ij` in proportion to `exp(-|ln r_i - ln r_j| / SMOOTHING)`. Dividing by the sum
+        of the weights corrects the bias towards the beginning, as Adam's averages are corrected.
+        """
+        return tuple((self._weights @ np.array(self.losses)).tolist())
+
+    @cached_property
+    def standard_errors(self) -> tuple[float, ...]:
+        """The standard error of each smoothed loss, from how far the losses around it lie from the smoothed ones."""
+        squares = self._weights**2
+        residuals = np.array(self.losses) - np.array(self.smoothed)
+        left = 1 - 2 * np.diag(self._weights) + squares.sum(1)  # a residual's share of the variance, for equal noise
+        return tuple(np.sqrt(squares @ (residuals**2 / left)).tolist())
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        at = np.log(np.array(self.rates))
+        weights = np.exp(-np.abs(at[:, None] - at[None, :]) / SMOOTHING)
+        return weights / weights.sum(1, keepdims=True)
+
+    @cached_property
+    def level(self) -> float:
+        """The loss before anything is learned: the median of the first tenth of the losses."""
+        return float(np.median([self.start_loss, *self.losses[: max(4, len(self.losses) // 10)]]))
+
+    @cached_property
+    def lowest(self) -> int:
+        """The index of the lowest smoothed loss."""
+        return int(np.argmin(self.smoothed))
+
+    @cached_property
+    def clearness(self) -> float:
+        """How many standard errors the loss falls, from its level to its lowest."""
+        before = self.standard_errors[: max(4, len(self.losses) // 10)]
+        error = math.hypot(self.standard_errors[self.lowest], float(np.mean(before)))
+        fall = self.level - self.smoothed[self.lowest]
+        return fall / error if error > 0 else (math.inf if fall > 0 else 0.0)
+
+    @cached_property
+    def turn(self) -> int:
+        """The index from which the loss rises: its lowest, or where nothing clearly falls, the last harmless one."""
+        if self.clearness >= CLEAR:
+            return self.lowest
+        above = [index for index in range(self.lowest, len(self.rates)) if self.smoothed[index] > self.level]
+        return max(above[0] - 1, 0) if above else len(self.rates) - 1
+
+    # What they suggest
+
+    @cached_property
+    def suggestions(self) -> dict[str, float]:
+        """The default and the usual readings, by name."""
+        return {"default": self.suggestion, **{name: RULES[name](self) for name in READINGS}}
+
+    @cached_property
+    def suggestion(self) -> float:
+        """The default: the best of the probes, or where there are none, `horizon`."""
+        tried = [(probe.loss, probe.rate) for probe in self.probes if probe.loss is not None]
+        return min(tried)[1] if tried else RULES[DEFAULT_RULE](self)
+
+    @property
+    def cyclical_range(self) -> tuple[float, float]:
+        """The rates between which a cyclical schedule may go: a fourth of the suggestion, and the suggestion.
+
+        Smith 2015, section 3.3: the lower bound is a third or a fourth of the upper one.
+        """
+        return self.suggestion / 4, self.suggestion
+
+    @cached_property
+    def confidence(self) -> str:
+        """How sure the suggestion is: "high", "medium" or "low"; `verdict` says why."""
+        if self.clearness < CLEAR or not self.turns_up:
+            return "low"
+        return "high" if self.clearness >= SURE else "medium"
+
+    @property
+    def turns_up(self) -> bool:
+        """Whether the test went on until the loss rose again."""
+        return (
+            self.stopped != "end" or self.smoothed[-1] - self.smoothed[self.lowest] > self.standard_errors[-1] * CLEAR
+        )
+
+    @cached_property
+    def verdict(self) -> str:
+        """What the curve can tell, in one sentence."""
+        fall = self.level - self.smoothed[self.lowest]
+        if self.clearness < CLEAR and fall < 0.01 * abs(self.level):
+            told = "The curve is too flat to decide: the loss does not fall at any rate"
+        elif self.clearness < CLEAR:
+            told = f"The curve is too noisy to decide: the loss falls by {self.clearness:.1f} standard errors only"
+        elif not self.turns_up:
+            return "The loss still falls at the highest rate: raise end_lr; what is suggested is a lower bound."
+        else:
+            return f"The loss falls by {fall:.3g}, {self.clearness:.1f} standard errors, and turns up at {self._turn}."
+        if not self.turns_up:
+            return f"{told}, nor does it rise: raise end_lr, or take more steps."
+        return f"{told}. The suggestion goes by where it rises ({self._turn}); more steps or eval_batches would help."
+
+    @property
+    def _turn(self) -> str:
+        return f"{self.rates[self.turn]:.1e}"
+
+    # In and out
+
+    def to_json(self) -> str:
+        """The measured values, with the suggestions beside them for whoever reads the file."""
+        read = {"suggestions": self.suggestions, "confidence": self.confidence, "verdict": self.verdict}
+        return json.dumps({**asdict(self), "read": read}, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LRCurve":
+        """The curve that `to_json` wrote.
+
+        Raises:
+            InputError: The text is not one.
+        """
+        try:
+            values = json.loads(text)
+            del values["read"]
+            values["probes"] = tuple(Probe(**probe) for probe in values["probes"])
+            return cls(**{**values, "rates": tuple(values["rates"]), "losses": tuple(values["losses"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"This is not the JSON of a range test: {error}") from error
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the losses, raw and smoothed, and the suggestions; see `reporting.lr_plot.plot_lr_curve`."""
+        from ulmfit_tools.reporting.lr_plot import plot_lr_curve
+
+        return plot_lr_curve(self, ax=ax)
 
 
-def smoothed(losses, beta=0.9):
-    total = 0.0
-    out = []
-    for i, l in enumerate(losses, 1):
-        total = beta * total + (1 - beta) * l
-        out.append(total / (1 - beta**i))
-    return out
+def horizon(curve: LRCurve) -> float:
+    """The rate at which the whole training goes as far as the sweep went before its loss turned up.
+
+    One step of Adam moves each weight by about the rate, however large the gradient is. Steps in changing directions
+    add up as in a random walk: n of them at rate r go as far as `r * sqrt(n)`, and a run with rates r_t as far as
+    `sqrt(sum r_t ** 2)`. What the sweep bore up to its turn, `S = sum r_t ** 2`, the training may spend over its T
+    steps. Under a schedule that rises to its peak and falls to 0 in straight lines these sum up to `peak ** 2 * T / 3`,
+    so `peak = sqrt(3 S / T)`, though never above the rate at the turn itself. That the best rate falls with the root
+    of the number of steps is also what theory has for stochastic gradients (Nemirovski et al. 2009, section 2.2).
+    """
+    until = np.array(curve.rates[: curve.turn + 1])
+    return min(math.sqrt(3 * float(until @ until) / curve.training_steps), curve.rates[curve.turn])
 
 
-def has_diverged(losses):
+def distance(curve: LRCurve) -> float:
+    """As `horizon`, for steps that all go the same way: `peak = 2 sum r_t / T`. The cautious end of the two."""
+    until = curve.rates[: curve.turn + 1]
+    return min(2 * sum(until) / curve.training_steps, curve.rates[curve.turn])
+
+
+def middle(curve: LRCurve) -> float:
+    """The geometric mean of the rate from which the loss clearly falls and the rate at which it turns up."""
+    falling = np.array(curve.smoothed) < curve.level - CLEAR * np.array(curve.standard_errors)
+    clear = [index for index in range(curve.turn + 1) if falling[index : curve.turn + 1].all()]
+    return math.sqrt(curve.rates[clear[0] if clear else curve.turn] * curve.rates[curve.turn])
+
+
+def consensus(curve: LRCurve) -> float:
+    """The median of `horizon` and the four usual readings, two of which tend to say too much and two too little."""
+    return sorted(rule(curve) for rule in (horizon, still_falling, steepest, valley, minimum_tenth))[2]
+
+
+def steepest(curve: LRCurve) -> float:
+    """The rate at which the loss falls fastest (Lightning, torch-lr-finder), for each power of e of the rate."""
+    return curve.rates[int(np.argmin(_slopes(curve)))]
+
+
+def still_falling(curve: LRCurve) -> float:
+    """Smith's reading: the highest rate at which the loss still clearly falls, at half its fastest or more."""
+    slopes = _slopes(curve)
+    return curve.rates[int(np.flatnonzero(slopes <= slopes.min() / 2)[-1])]
+
+
+def valley(curve: LRCurve) -> float:
+    """The middle of the longest fall (fastai's `valley`): half-way through its first two thirds."""
+    return curve.rates[valley_index(curve.smoothed)]
+
+
+def minimum_tenth(curve: LRCurve) -> float:
+    """A tenth of the rate with the lowest loss (fastai's `minimum`)."""
+    return curve.rates[curve.lowest] / 10
+
+
+def _slopes(curve: LRCurve) -> np.ndarray:
+    last = max(curve.turn, 1)
+    return np.gradient(np.array(curve.smoothed[: last + 1]), np.log(np.array(curve.rates[: last + 1])))
+
+
+def valley_index(losses: Sequence[float]) -> int:
+    """Where fastai's `valley` lies: in the longest falling subsequence, half of two thirds from its beginning."""
+    values = np.array(losses)
+    lengths = np.ones(len(values), dtype=int)
+    for index in range(1, len(values)):
+        above = lengths[:index][values[:index] > values[index]]
+        if above.size:
+            lengths[index] = above.max() + 1
+    end = int(np.argmax(lengths))
+    begin = max(end - int(lengths[end]), 0)
+    third = (end - begin) / 3
+    return begin + int(third) + int(third / 2)
+
+
+RULES: dict[str, Callable[[LRCurve], float]] = {
+    "horizon": horizon,
+    "distance": distance,
+    "middle": middle,
+    "consensus": consensus,
+    "still_falling": still_falling,
+    "steepest": steepest,
+    "valley": valley,
+    "minimum_tenth": minimum_tenth,
+}
+DEFAULT_RULE = "horizon"
+READINGS = ("still_falling", "steepest", "valley", "minimum_tenth")
+
+
+def has_diverged(losses: Sequence[float], beta: float = 0.9) -> bool:
+    """Whether a rising sweep has nothing more to show, by the losses so far (the first one from before any update).
+
+    Their exponential moving average, corrected for its bias, is as far above its lowest as it had fallen to it; where
+    it had not fallen far, by half of its first value; and by more than noise makes of it.
+    """
     if len(losses) < 10:
         return False
-    s = smoothed(losses)
-    best = min(s)
-    noise = 1.4826 * sorted(abs(a - b) / 2**0.5 for a, b in zip(losses[1:], losses))[len(losses) // 2]
-    start = sum(losses[:5]) / 5
-    return s[-1] > best + max(start - best, 0.5 * abs(start), 4 * noise)
+    average, averages = 0.0, []
+    for count, loss in enumerate(losses, 1):
+        average = beta * average + (1 - beta) * loss
+        averages.append(average / (1 - beta**count))
+    first = float(np.mean(losses[:5]))
+    noise = float(np.median(np.abs(np.diff(losses)))) * 1.05  # of one loss: 1.4826 / sqrt(2), for a normal one
+    return averages[-1] > min(averages) + max(first - min(averages), abs(first) / 2, 4 * noise)

@@ -110,7 +110,9 @@ def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> li
     if not 0 < start_lr < end_lr < math.inf:
         raise InputError(f"A sweep goes up: 0 < start_lr < end_lr. Received: start_lr={start_lr}, end_lr={end_lr}")
     if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
-        raise InputError(f"A range test needs at least {MIN_STEPS} steps; 100 is usual. Received: num_steps={num_steps}")
+        raise InputError(
+            f"A range test needs at least {MIN_STEPS} steps; 100 is usual. Received: num_steps={num_steps}"
+        )
     if mode not in MODES:
         raise InputError(f"mode is one of {', '.join(MODES)}.{nearest(mode, MODES)} Received: mode={mode!r}")
     shares = [step / (num_steps - 1) for step in range(num_steps)]
@@ -121,7 +123,9 @@ def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> li
 
 def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise InputError("The range test runs in one process or with DDP: with FSDP or DeepSpeed, run it before, alone")
+        raise InputError(
+            "The range test runs in one process or with DDP: with FSDP or DeepSpeed, run it before, alone"
+        )
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise InputError("The model has no trainable parameters, so no rate changes anything: thaw some layers first")
     if trainer.train_dataset is None:
@@ -201,9 +205,7 @@ class _LossNotes(TrainerCallback):
 
     def _evaluate(self, model: nn.Module) -> torch.Tensor:
         model.eval()
-        losses = [
-            self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0] for batch in self._batches
-        ]
+        losses = [self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0] for batch in self._batches]
         return torch.stack(losses).mean()
 
     def _note(self, loss: torch.Tensor, control: TrainerControl) -> None:

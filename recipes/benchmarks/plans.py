@@ -8,6 +8,7 @@ the plans run in turn, so a machine that grows slower meanwhile slows all of the
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -46,6 +47,7 @@ def main() -> None:
                     max_length=flags.max_length,
                     seed=seed,
                     resume=True,
+                    disable_tqdm=not sys.stderr.isatty(),
                 )
             )
             print_table(results, flags.dataset)

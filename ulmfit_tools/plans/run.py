@@ -117,15 +117,15 @@ def run_plan(
     folder = RunFolder(Path(output_dir))
     if isinstance(data, str):
         data = load_text_classification(data, seed=args.seed)
-    model, tokenizer, model_name = _get_model(model, tokenizer, data, args, trust_remote_code)
-    groups = layer_groups(model)
+    classifier, tokenizer, model_name = _get_model(model, tokenizer, data, args, trust_remote_code)
+    groups = layer_groups(classifier)
     phases = plan.expand(groups.names)
     phase_args = [
         phase_arguments(phase, args, folder.phase_folder(i, phase.name), i, validates="validation" in data.splits)
         for i, phase in enumerate(phases)
     ]
     for phase, its_args in zip(phases, phase_args, strict=True):
-        _check_phase(phase, its_args, model, groups, data)
+        _check_phase(phase, its_args, classifier, groups, data)
     description = describe_run(
         plan.to_dict(),
         args.to_dict() | {"max_length": max_length},
@@ -136,7 +136,7 @@ def run_plan(
             "text_columns": list(data.text_columns),
             "label_names": list(data.label_names),
         },
-        {"name": model_name, "fingerprint": _fingerprint(model), "groups": list(groups.names)},
+        {"name": model_name, "fingerprint": _fingerprint(classifier), "groups": list(groups.names)},
         args.world_size,
     )
     state = PartialState()
@@ -150,12 +150,18 @@ def run_plan(
         start_folder(folder, description, overwrite=overwrite)
     state.wait_for_everyone()
     with state.main_process_first():  # the others read what it left in the cache
-        splits = tokenize(data, tokenizer, max_length=max_length, config=model.config)
-    job = _Job(model, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks)
+        splits = tokenize(data, tokenizer, max_length=max_length, config=classifier.config)
+    job = _Job(classifier, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks)
     return _run_phases(job, plan.name)
 
 
-def _get_model(model, tokenizer, data, args, trust_remote_code):
+def _get_model(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: TextClassificationData,
+    args: ULMFiTTrainingArguments,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The model, its tokenizer and its name; the head of a named model is drawn from the run's seed."""
     set_seed(args.seed)
     if isinstance(model, str):
@@ -218,7 +224,7 @@ def _run_phases(job: _Job, plan_name: str) -> PlanResult:
         weights = None
     if trainer is None:  # every phase was done, and the run was stopped before its last lines
         trainer = _phase_trainer(job, len(job.phases) - 1)
-        trainer.load_weights(weights)
+        trainer.load_weights(here / "model")
     return _finish(job, plan_name, trainer, results)
 
 

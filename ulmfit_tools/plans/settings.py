@@ -67,9 +67,7 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
     for key in given:
         _refuse_unused(plan, key)
     try:
-        args = ULMFiTTrainingArguments(
-            **{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given}  # type: ignore[arg-type]
-        )
+        args = ULMFiTTrainingArguments(**{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given})
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from None
     for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):

@@ -1,8 +1,8 @@
 """What a learning-rate range test found: losses against rates, and the rates that they suggest. Pure arithmetic.
 
-Why the usual readings say too much for Transformers: a sweep mixes up rate and time. At each rate it takes a handful of
-steps, and what only some steps at a rate begin to spoil, hundreds of them do spoil. The default here turns the one into
-the other by the number of steps that the training will take; see `horizon`.
+Why the usual readings say too much for Transformers: a sweep mixes up rate and time. It takes a handful of steps at
+each rate, and what a few steps at a rate begin to spoil, hundreds of them do spoil. The default here reckons with the
+number of steps that the training will take; see `horizon`.
 """
 
 import json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the rate
 CLEAR, SURE = 2.0, 4.0  # falls of the loss, in standard errors, that count as seen and as certain
+SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,11 @@ class LRCurve:
         """The index from which the loss rises: its lowest, or where nothing clearly falls, the last harmless one."""
         if self.clearness >= CLEAR:
             return self.lowest
-        above = [index for index in range(self.lowest, len(self.rates)) if self.smoothed[index] > self.level]
-        return max(above[0] - 1, 0) if above else len(self.rates) - 1
+        above = np.array(self.smoothed) - self.level
+        risen = above > np.maximum(CLEAR * np.array(self.standard_errors), SMALL * abs(self.level))
+        end = int(np.argmax(risen)) if risen.any() else len(above)
+        harmless = np.flatnonzero(above[:end] <= SMALL * abs(self.level))
+        return int(harmless[-1]) if harmless.size else max(end - 1, 0)
 
     # What they suggest
 
@@ -160,15 +164,14 @@ class LRCurve:
     @property
     def turns_up(self) -> bool:
         """Whether the test went on until the loss rose again."""
-        return (
-            self.stopped != "end" or self.smoothed[-1] - self.smoothed[self.lowest] > self.standard_errors[-1] * CLEAR
-        )
+        rise = self.smoothed[-1] - self.smoothed[self.lowest]
+        return self.stopped != "end" or rise > max(CLEAR * self.standard_errors[-1], SMALL * abs(self.level))
 
     @cached_property
     def verdict(self) -> str:
         """What the curve can tell, in one sentence."""
         fall = self.level - self.smoothed[self.lowest]
-        if self.clearness < CLEAR and fall < 0.01 * abs(self.level):
+        if self.clearness < CLEAR and fall < SMALL * abs(self.level):
             told = "The curve is too flat to decide: the loss does not fall at any rate"
         elif self.clearness < CLEAR:
             told = f"The curve is too noisy to decide: the loss falls by {self.clearness:.1f} standard errors only"
@@ -219,9 +222,9 @@ def horizon(curve: LRCurve) -> float:
     One step of Adam moves each weight by about the rate, however large the gradient is. Steps in changing directions
     add up as in a random walk: n of them at rate r go as far as `r * sqrt(n)`, and a run with rates r_t as far as
     `sqrt(sum r_t ** 2)`. What the sweep bore up to its turn, `S = sum r_t ** 2`, the training may spend over its T
-    steps. Under a schedule that rises to its peak and falls to 0 in straight lines these sum up to `peak ** 2 * T / 3`,
-    so `peak = sqrt(3 S / T)`, though never above the rate at the turn itself. That the best rate falls with the root
-    of the number of steps is also what theory has for stochastic gradients (Nemirovski et al. 2009, section 2.2).
+    steps. Under a schedule that rises to its peak and falls to 0 in straight lines they sum to `peak ** 2 * T / 3`, so
+    `peak = sqrt(3 S / T)`, though never above the rate at the turn itself. That the best rate falls with the root of
+    the number of steps is also what theory has for stochastic gradients (Nemirovski et al. 2009, section 2.2).
     """
     until = np.array(curve.rates[: curve.turn + 1])
     return min(math.sqrt(3 * float(until @ until) / curve.training_steps), curve.rates[curve.turn])

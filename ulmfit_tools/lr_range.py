@@ -1,36 +1,37 @@
-"""The learning-rate range test: one short training over rising rates, in the trainer's own steps, that leaves no trace.
+"""The learning-rate range test: a short training over rising rates, in the trainer's own steps, without a trace.
 
 Smith 2015 (arXiv:1506.01186), section 3.3: let the rate rise from very low to very high over a few updates, and see
 where the loss begins to fall and where it stops. The test trains with a shallow copy of the trainer, so batches,
 losses, mixed precision, accumulation and clipping are those of the real training, and puts back all that it changed.
 """
 
-import copy
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Subset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
+from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError, nearest
-from ulmfit_tools.layers import layer_groups
-from ulmfit_tools.lr_curve import LRCurve, has_diverged
+from ulmfit_tools.lr_curve import LRCurve, Probe, has_diverged
+from ulmfit_tools.rehearsal import LossNotes, rehearse
 from ulmfit_tools.restoring import unchanged
+from ulmfit_tools.training_args import ULMFiTTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
+PROBE_FACTORS, PROBE_STEPS = (0.25, 0.5, 1.0, 2.0), 25
 
 
 def lr_range_test(
@@ -81,24 +82,94 @@ def lr_range_test(
     _check_trainer(trainer, eval_batches)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     holders = [trainer.data_collator, trainer.train_dataset, trainer.eval_dataset]
-    with unchanged(trainer.model, optimizer, holders=holders, offload_folder=offload_folder) as rewind:
-        curve = _sweep(trainer, optimizer, rates, eval_batches)
+    start = time.perf_counter()
+    with unchanged(_model(trainer), optimizer, holders=holders, offload_folder=offload_folder) as rewind:
+        notes = rehearse(trainer, optimizer, LossNotes(rates, eval_batches, has_diverged))
+        measured = len(notes.losses) - 1
+        curve = LRCurve(
+            rates=tuple(rates[:measured]),
+            losses=tuple(notes.losses[1:]),
+            start_loss=notes.losses[0],
+            training_steps=notes.training_steps,
+            stopped=notes.stopped,
+            mode=mode,
+            loss_on="evaluation" if eval_batches else "training",
+            steps=notes.updates,
+        )
+        if confirm:
+            curve = _confirmed(curve, trainer, optimizer, eval_batches, rewind)
+    return replace(curve, seconds=time.perf_counter() - start)
+
+
+def find_learning_rate(trainer: Trainer, record: str | Path, **settings: Any) -> LRCurve:
+    """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
+
+    A run that is resumed calls this again and gets the same rate from the file. All processes must call it.
+
+    Args:
+        trainer: A trainer that has not made its optimizer yet, at the weights from which it is to train.
+        record: The JSON file of the curve.
+        **settings: As in `lr_range_test`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        InputError: As in `lr_range_test`, or the file holds something else.
+    """
+    path = Path(record)
+    found = [path.read_text(encoding="utf-8") if trainer.is_world_process_zero() and path.is_file() else None]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        curve = LRCurve.from_json(found[0])
+    else:
+        curve = lr_range_test(trainer, **settings)
+        if trainer.is_world_process_zero():
+            write_json(path, json.loads(curve.to_json()))
+        say = logger.warning if curve.confidence == "low" else logger.info
+        say(f"Learning rate {curve.suggestion:.2e} (confidence {curve.confidence}). {curve.verdict}")
+    set_learning_rate(trainer.args, curve.suggestion)
     return curve
 
 
-def _sweep(trainer: Trainer, optimizer: Optimizer | None, rates: list[float], eval_batches: int) -> LRCurve:
-    notes = _LossNotes(rates, eval_batches, has_diverged)
-    start = time.perf_counter()
-    _rehearse(trainer, optimizer, notes)
-    seconds = time.perf_counter() - start
-    measured = len(notes.losses) - 1
-    return LRCurve(
-        rates=tuple(rates[:measured]),
-        losses=tuple(notes.losses[1:]),
-        start_loss=notes.losses[0],
-        stopped=notes.stopped,
-        meta={"steps": notes.updates, "seconds": seconds},
+def set_learning_rate(args: TrainingArguments, learning_rate: float) -> None:
+    """Put another rate for the head into training arguments; rates given for other layer groups keep their ratio."""
+    factor = learning_rate / args.learning_rate
+    args.learning_rate = learning_rate
+    if isinstance(args, ULMFiTTrainingArguments):
+        if args.learning_rate_low is not None:
+            args.learning_rate_low *= factor
+        if args.group_learning_rates is not None:
+            args.group_learning_rates = [rate * factor for rate in args.group_learning_rates]
+
+
+def _confirmed(
+    curve: LRCurve, trainer: Trainer, optimizer: Optimizer | None, eval_batches: int, rewind: Callable[[], None]
+) -> LRCurve:
+    """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
+
+    A probe of n steps stands for a training of T at its rate. By the reasoning of `lr_curve.horizon` it goes as far
+    with a peak `sqrt(T / n)` times as high, in the same form: a rise over a tenth of its steps, and a fall to 0.
+    """
+    steps = min(PROBE_STEPS, max(curve.training_steps, 4))
+    logger.warning(
+        f"Confirming the rate {curve.suggestion:.1e}: {len(PROBE_FACTORS)} probes of {steps} optimizer steps, "
+        f"{len(PROBE_FACTORS) * steps} more than the {curve.steps} of the sweep."
     )
+    shape = [min((step + 1) / (steps / 10), (steps - step) / (steps * 0.9), 1.0) for step in range(steps)]
+    probes, taken = [], curve.steps
+    for factor in PROBE_FACTORS:
+        rewind()
+        rate = curve.suggestion * factor
+        peak = rate * math.sqrt(max(curve.training_steps / steps, 1.0))
+        notes = rehearse(
+            trainer, optimizer, LossNotes([peak * share for share in shape], eval_batches, lambda losses: False)
+        )
+        last = notes.losses[-(steps // 4) :]
+        loss = sum(last) / len(last) if notes.stopped == "end" else None
+        probes.append(Probe(rate=rate, peak=peak, loss=loss))
+        taken += notes.updates
+    return replace(curve, probes=tuple(probes), steps=taken)
 
 
 def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> list[float]:
@@ -121,12 +192,18 @@ def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> li
     return [start_lr * (end_lr / start_lr) ** share for share in shares]
 
 
+def _model(trainer: Trainer) -> nn.Module:
+    """The trainer's model, which it has from its beginning to its end."""
+    assert isinstance(trainer.model, nn.Module)
+    return trainer.model
+
+
 def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise InputError(
             "The range test runs in one process or with DDP: with FSDP or DeepSpeed, run it before, alone"
         )
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+    if not any(parameter.requires_grad for parameter in _model(trainer).parameters()):
         raise InputError("The model has no trainable parameters, so no rate changes anything: thaw some layers first")
     if trainer.train_dataset is None:
         raise InputError("The range test trains, and the trainer has no train_dataset")
@@ -144,139 +221,3 @@ def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
             "eval_batches takes the loss on the trainer's eval_dataset, one dataset with a length: give it one or "
             f"leave eval_batches out. Received: eval_batches={eval_batches}, eval_dataset: {found}"
         )
-
-
-class _LossNotes(TrainerCallback):
-    """Notes the loss before the first update and after each one, and ends the run where it tells no more.
-
-    Args:
-        rates: The head's rate at each update.
-        eval_batches: How many batches of the evaluation set the loss is taken on; 0 for the training batches.
-        stops: Whether these losses, the first of them from before any update, say that the run should end.
-    """
-
-    def __init__(self, rates: Sequence[float], eval_batches: int, stops: Callable[[Sequence[float]], bool]) -> None:
-        self.rates = rates
-        self.eval_batches = eval_batches
-        self.stops = stops
-        self.losses: list[float] = []
-        self.updates = 0
-        self.stopped = "end"
-
-    def attach(self, trainer: Trainer) -> None:
-        """Watch a trainer, which then has a `training_step` of its own."""
-        self._trainer = trainer
-        self._train_losses: list[torch.Tensor] = []
-        trainer_step = trainer.training_step
-
-        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self._train_losses.append(trainer_step(*args, **kwargs))
-            return self._train_losses[-1]
-
-        trainer.training_step = training_step  # type: ignore[method-assign]
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Takes the evaluation loss before any update."""
-        if self.eval_batches:
-            self._batches = list(self._trainer.get_eval_dataloader(self._evaluated_rows(args)))
-            self._note(self._evaluate(model), control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Takes the loss that goes with the step: the training batches saw the weights as they were before it."""
-        training_loss, self._train_losses = torch.stack(self._train_losses).sum(), []
-        if not self.eval_batches and len(self.losses) == self.updates:
-            self._note(training_loss, control)
-        if self._trainer.accelerator.optimizer_step_was_skipped:  # gradients in half precision were too large
-            return
-        self.updates += 1
-        if self.eval_batches:
-            self._note(self._evaluate(model), control)
-
-    def _evaluated_rows(self, args: TrainingArguments) -> Any:
-        """Rows from all over the evaluation set, in which similar ones may stand together."""
-        dataset: Any = self._trainer.eval_dataset
-        rows = min(len(dataset), self.eval_batches * args.eval_batch_size * args.world_size)
-        chosen = [index * len(dataset) // rows for index in range(rows)]
-        return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
-
-    def _evaluate(self, model: nn.Module) -> torch.Tensor:
-        model.eval()
-        losses = [self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0] for batch in self._batches]
-        return torch.stack(losses).mean()
-
-    def _note(self, loss: torch.Tensor, control: TrainerControl) -> None:
-        value = self._trainer.accelerator.reduce(loss.detach().float(), reduction="mean").item()
-        if not math.isfinite(value):
-            if not self.losses:
-                raise InputError(
-                    "The loss is not a number before the first update, which no rate can mend: look at the labels, "
-                    f"the inputs and the precision. Received: loss={value}"
-                )
-            self.stopped, control.should_training_stop = "nan", True
-            return
-        self.losses.append(value)
-        if self.stops(self.losses):
-            self.stopped, control.should_training_stop = "diverged", True
-
-
-def _rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: _LossNotes) -> None:
-    """Train a shallow copy of the trainer, at the rates of the notes and in all else as the trainer would.
-
-    It shares the model and the data; what it does to them is for the caller to put back.
-    """
-    rehearsal = copy.copy(trainer)
-    rehearsal.args = _quiet(trainer.args, len(notes.rates))
-    rehearsal.create_accelerator_and_postprocess()  # with its own loss scale and lists of what it prepared
-    rehearsal.model_init = None  # it would be called again, for the weights that are there already
-    rehearsal.optimizer, rehearsal.lr_scheduler = optimizer, None
-    rehearsal.control = TrainerControl()
-    rehearsal.callback_handler = CallbackHandler(
-        [DefaultFlowCallback, notes], trainer.model, trainer.processing_class, None, None
-    )
-
-    def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        swept = rehearsal.optimizer if optimizer is None else optimizer
-        head, last = head_rate(trainer, swept), len(notes.rates) - 1
-        rehearsal.lr_scheduler = LambdaLR(swept, lambda step: notes.rates[min(step, last)] / head)
-        return rehearsal.lr_scheduler
-
-    # On the copy alone, and before its class's own methods, whatever that class is.
-    rehearsal.create_scheduler = create_scheduler  # type: ignore[method-assign]
-    rehearsal.log = lambda logs, start_time=None: None  # type: ignore[method-assign]
-    notes.attach(rehearsal)
-    Trainer.train(rehearsal)  # a subclass's own `train` looks after signals and checkpoints
-
-
-def _quiet(args: TrainingArguments, num_steps: int) -> TrainingArguments:
-    """The same arguments for so many steps in which nothing is logged, evaluated, saved or pushed."""
-    quiet = copy.copy(args)  # as it stands: its checks and what they derive have had their turn
-    quiet.max_steps = num_steps
-    quiet.eval_strategy = quiet.logging_strategy = IntervalStrategy.NO
-    quiet.save_strategy = SaveStrategy.NO
-    quiet.logging_first_step = quiet.eval_on_start = quiet.load_best_model_at_end = quiet.push_to_hub = False
-    quiet.logging_nan_inf_filter = False  # the notes look at every loss anyway
-    return quiet
-
-
-def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
-    """The rate that `learning_rate` names, before any schedule: that of the last layer group.
-
-    Where the optimizer holds no parameter of that group, it is what the training arguments say.
-
-    Raises:
-        InputError: It is 0, and no multiple of 0 is a rate to be found.
-    """
-    head = {id(parameter) for parameter in layer_groups(trainer.model)[-1].parameters(trainer.model)}
-    rates = [
-        float(group.get("initial_lr", group["lr"]))
-        for group in optimizer.param_groups
-        if any(id(parameter) in head for parameter in group["params"])
-    ]
-    rate = max(rates, default=float(trainer.args.learning_rate))
-    if not rate > 0:
-        raise InputError(f"The range test multiplies the trainer's rates, so they must not be 0. Received: {rate}")
-    return rate

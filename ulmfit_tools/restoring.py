@@ -151,18 +151,18 @@ def _generator(value: Any) -> Restore:
         words = value.get_state()
         return lambda: value.set_state(words)
     if isinstance(value, random.Random):
-        words = value.getstate()
-        return lambda: value.setstate(words)
+        internal = value.getstate()
+        return lambda: value.setstate(internal)
     return lambda: None
 
 
 def _random_numbers() -> Restore:
-    in_python, in_numpy, on_host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    in_python, in_numpy, on_host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     on_devices = _device_random_numbers()
 
     def restore() -> None:
         random.setstate(in_python)
-        np.random.set_state(in_numpy)
+        np.random.set_state(in_numpy)  # noqa: NPY002
         torch.set_rng_state(on_host)
         on_devices()
 

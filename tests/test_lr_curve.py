@@ -1,0 +1,228 @@
+"""What a curve of losses suggests, by hand calculation and on curves whose answer is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.lr_curve import (
+    CLEAR,
+    READINGS,
+    RULES,
+    SMOOTHING,
+    LRCurve,
+    Probe,
+    distance,
+    has_diverged,
+    horizon,
+    valley_index,
+)
+
+RATES = tuple(1e-7 * 10 ** (step / 12.5) for step in range(75))  # 12.5 steps in a factor of ten
+
+
+def curve_of(loss, noise=0.0, seed=0, rates=RATES, **settings):
+    """A curve whose loss is a function of the rate, with normal noise."""
+    random = np.random.default_rng(seed)
+    losses = tuple(float(loss(rate) + noise * random.standard_normal()) for rate in rates)
+    settings = {"start_loss": loss(rates[0] / 10), "training_steps": 300, "stopped": "diverged", **settings}
+    return LRCurve(rates=rates, losses=losses, **settings)
+
+
+def falls_and_rises(rate):
+    """2 at low rates, falls around 1e-4 and rises again steeply after 1e-3."""
+    return 2 - 1.5 / (1 + 1e-4 / rate) + (rate / 3e-3) ** 2
+
+
+def falling_curve(**settings):
+    return curve_of(falls_and_rises, noise=0.02, **settings)
+
+
+def test_smoothing_is_a_weighted_mean_with_weights_that_sum_to_one():
+    rates = (1.0, math.e, math.e**3, math.e**4, math.e**6)
+    losses = (1.0, 5.0, 2.0, 4.0, 3.0)
+    curve = LRCurve(rates=rates, losses=losses, start_loss=1.0, training_steps=1)
+    logs = (0, 1, 3, 4, 6)
+    for index, at in enumerate(logs):
+        weights = [math.exp(-abs(at - other) / SMOOTHING) for other in logs]
+        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        assert curve.smoothed[index] == pytest.approx(mean)
+
+
+def test_smoothing_keeps_a_constant_and_does_not_lag():
+    assert curve_of(lambda rate: 1.7).smoothed == pytest.approx([1.7] * len(RATES))
+    symmetric = curve_of(lambda rate: abs(math.log(rate / RATES[37])))
+    assert symmetric.lowest == 37
+
+
+def test_standard_error_is_that_of_the_mean_of_noise():
+    """For equal noise of standard deviation 1, the error of a weighted mean is the root of the sum of squares."""
+    errors = np.array([curve_of(lambda rate: 0.0, noise=1.0, seed=seed).standard_errors for seed in range(300)])
+    reach = np.array([sum(math.exp(-abs(j) * math.log(10) / 12.5 / SMOOTHING) for j in range(-37, 38))])
+    squares = sum(math.exp(-2 * abs(j) * math.log(10) / 12.5 / SMOOTHING) for j in range(-37, 38))
+    expected = math.sqrt(squares) / reach[0]
+    assert np.sqrt((errors[:, 37] ** 2).mean()) == pytest.approx(expected, rel=0.05)
+
+
+def test_horizon_by_hand():
+    """Rates 1, 10, 100 until the turn: S = 10101; a training of 30303 steps may go up to sqrt(3 S / 30303) = 1."""
+    curve = LRCurve(
+        rates=(1.0, 10.0, 100.0, 1000.0, 10000.0),
+        losses=(10.0, 10.0, 0.0, 50.0, 99.0),
+        start_loss=10.0,
+        training_steps=30303,
+    )
+    assert curve.turn == 2
+    assert horizon(curve) == pytest.approx(1)
+    assert distance(curve) == pytest.approx(2 * 111 / 30303)
+    assert curve.suggestion == horizon(curve)
+
+
+def test_horizon_never_exceeds_the_turn():
+    curve = falling_curve(training_steps=1)
+    assert horizon(curve) == curve.rates[curve.turn]
+
+
+def test_four_times_the_steps_take_half_the_rate():
+    once, four = (falling_curve(training_steps=steps) for steps in (300, 1200))
+    assert once.suggestion == pytest.approx(2 * four.suggestion)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("seed", range(5))
+def test_suggestion_survives_noise(noise, seed):
+    """The loss turns up at 1e-3 (where its derivative is 0, about 6e-4); noise may move the turn by a factor."""
+    found = curve_of(falls_and_rises, noise=noise, seed=seed)
+    exact = curve_of(falls_and_rises)
+    assert 0.4 < found.suggestion / exact.suggestion < 2.5
+    assert found.confidence == "high"
+
+
+def test_readings_stand_in_their_order():
+    read = falling_curve().suggestions
+    assert list(read) == ["default", *READINGS]
+    assert read["steepest"] <= read["still_falling"] <= 10 * read["minimum_tenth"]
+    assert read["minimum_tenth"] * 10 == pytest.approx(RATES[falling_curve().lowest])
+
+
+def test_steepest_is_where_the_loss_falls_fastest_for_the_logarithm_of_the_rate():
+    """-1 / (1 + c / r) in ln r is a logistic curve, steepest at r = c."""
+    curve = curve_of(lambda rate: -1 / (1 + 1e-4 / rate))
+    assert RULES["steepest"](curve) == pytest.approx(1e-4, rel=0.25)
+
+
+def fastai_valley(losses):
+    """The definition in fastai's `valley`, as published."""
+    n = len(losses)
+    max_start = max_end = 0
+    lengths = [1] * n
+    for i in range(1, n):
+        for j in range(i):
+            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
+                lengths[i] = lengths[j] + 1
+            if lengths[max_end] < lengths[i]:
+                max_end = i
+                max_start = max_end - lengths[max_end]
+    sections = (max_end - max_start) / 3
+    return max_start + int(sections) + int(sections / 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_valley_is_fastais(seed):
+    losses = np.random.default_rng(seed).standard_normal(40) - np.linspace(0, 2, 40)
+    losses[30:] += np.linspace(0, 8, 10)
+    assert valley_index(losses.tolist()) == max(fastai_valley(losses.tolist()), 0)
+
+
+def test_a_flat_curve_says_so():
+    curve = curve_of(lambda rate: 0.7, noise=1e-3, stopped="end")
+    assert curve.clearness < CLEAR
+    assert curve.confidence == "low"
+    assert "too flat" in curve.verdict
+    assert "raise end_lr" in curve.verdict
+
+
+def test_a_curve_that_only_rises_suggests_by_where_it_rises():
+    """Harmless up to 1e-3; the smoothing spreads the rise to lower rates, which errs on the safe side."""
+    curve = curve_of(lambda rate: 0.7 + max(0.0, math.log(rate / 1e-3)), noise=1e-3)
+    assert "too flat" in curve.verdict
+    assert curve.confidence == "low"
+    assert 1e-4 < curve.rates[curve.turn] < 1e-3
+    assert 1e-5 < curve.suggestion < 1e-3
+
+
+def test_a_noisy_curve_says_so():
+    curve = curve_of(lambda rate: falls_and_rises(rate) * 0.05 + 1, noise=0.5, seed=3)
+    assert curve.confidence == "low"
+    assert "noisy" in curve.verdict
+
+
+def test_a_curve_that_still_falls_at_its_end_says_so():
+    curve = curve_of(lambda rate: 2 - 1.5 / (1 + 1e-2 / rate), noise=0.01, stopped="end")
+    assert curve.confidence == "low"
+    assert "raise end_lr" in curve.verdict
+
+
+def test_cyclical_range_ends_at_the_suggestion():
+    curve = falling_curve()
+    assert curve.cyclical_range == (curve.suggestion / 4, curve.suggestion)
+
+
+def test_the_best_probe_is_the_suggestion():
+    probes = (
+        Probe(rate=1e-4, peak=3e-4, loss=0.9),
+        Probe(rate=2e-4, peak=6e-4, loss=0.4),
+        Probe(rate=4e-4, peak=1e-3, loss=None),
+    )
+    assert falling_curve(probes=probes).suggestion == 2e-4
+    assert falling_curve(probes=probes[2:]).suggestion == falling_curve().suggestion
+
+
+def test_json_gives_the_same_curve_back():
+    curve = falling_curve(probes=(Probe(rate=1e-4, peak=3e-4, loss=None),), steps=99, seconds=1.25, mode="linear")
+    again = LRCurve.from_json(curve.to_json())
+    assert again == curve
+    assert again.suggestions == curve.suggestions
+    assert json.loads(curve.to_json())["read"]["suggestions"] == curve.suggestions
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"read": 1, "probes": [{"rate": 1}]}'])
+def test_other_json_is_refused(text):
+    with pytest.raises(InputError, match="range test"):
+        LRCurve.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "rates", [(1.0, 2.0), (1.0, 2.0, 2.0, 3.0, 4.0), (5.0, 4.0, 3.0, 2.0, 1.0), (0.0, 1, 2, 3, 4)]
+)
+def test_points_that_are_no_curve_are_refused(rates):
+    with pytest.raises(InputError, match="five rising rates"):
+        LRCurve(rates=rates, losses=(1.0,) * len(rates), start_loss=1.0, training_steps=1)
+
+
+def sweep_until_divergence(losses):
+    for count in range(1, len(losses) + 1):
+        if has_diverged(losses[:count]):
+            return count
+    return None
+
+
+def test_a_sweep_is_ended_once_its_gain_is_lost():
+    losses = [falls_and_rises(rate) for rate in [*RATES, 1.0]]
+    end = sweep_until_divergence(losses)
+    assert end is not None
+    assert RATES[end] > 1e-3
+    assert losses[end - 1] > 2
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_alone_is_no_divergence(seed):
+    noise = np.random.default_rng(seed).standard_normal(100)
+    assert sweep_until_divergence((0.01 + 0.02 * noise).tolist()) is None
+    assert sweep_until_divergence((1.8 - 0.005 * np.arange(100) + 0.1 * noise).tolist()) is None
+
+
+def test_losses_below_zero_can_diverge():
+    assert sweep_until_divergence([-1.0] * 20 + [-1.0 + 0.5 * step for step in range(20)])

@@ -1,0 +1,501 @@
+"""The range test goes through the trainer's own steps, says what it should, and leaves nothing behind."""
+
+import copy
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ulmfit_tools import lr_range, rehearsal
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.lr_curve import LRCurve
+from ulmfit_tools.lr_range import find_learning_rate, lr_range_test, set_learning_rate, sweep_rates
+from ulmfit_tools.param_groups import discriminative_optimizer
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+
+SETTINGS = {
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+}
+KINDS = [(Trainer, TrainingArguments), (ULMFiTTrainer, ULMFiTTrainingArguments)]
+SHORT = {"num_steps": 24, "start_lr": 1e-5, "end_lr": 1e-1}
+
+
+def make_trainer(folder, kind=Trainer, model=None, trainer=None, **settings):
+    """A trainer over ragged rows and a model with dropout; the same call gives the same trainer."""
+    arguments = dict(KINDS)[kind]
+    trainer = dict(trainer or {})
+    set_seed(0)
+    model = tiny_bert() if model is None and "model_init" not in trainer else model
+    args = arguments(output_dir=str(folder), **SETTINGS | settings)
+    data = {"train_dataset": ragged_rows(64), "eval_dataset": ragged_rows(20, seed=5), "data_collator": pad_rows}
+    return kind(model=model, args=args, **data | trainer)
+
+
+def end_of_training(trainer):
+    """All that a training comes to: weights, optimizer, log without times, random numbers."""
+    trainer.train()
+    log = [
+        {k: v for k, v in entry.items() if "runtime" not in k and "second" not in k}
+        for entry in trainer.state.log_history
+    ]
+    state = trainer.optimizer.state_dict()
+    moments = [value for values in state["state"].values() for value in values.values()]
+    return {
+        "weights": [tensor.clone() for tensor in trainer.model.state_dict().values()],
+        "moments": moments,
+        "rates": [group["lr"] for group in state["param_groups"]],
+        "log": log,
+        "python": random.random(),
+        "numpy": np.random.rand(),  # noqa: NPY002
+        "torch": [torch.get_rng_state()],
+    }
+
+
+def assert_same(one, other):
+    for key, value in one.items():
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            assert len(value) == len(other[key])
+            assert all(torch.equal(a, b) for a, b in zip(value, other[key], strict=True)), key
+        else:
+            assert value == other[key], key
+
+
+# ---- Training after a range test equals training without one -------------------------------------------------------
+
+CASES = {
+    "plain": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 3}, {}),
+    "bf16": ({"bf16": True}, {}),
+    "grouped": ({"train_sampling_strategy": "group_by_length"}, {}),
+    "linear": ({}, {"mode": "linear"}),
+    "evaluation": ({}, {"eval_batches": 2}),
+    "confirmed": ({}, {"confirm": True}),
+    "on disk": ({}, {"on disk": True}),
+    "workers": ({"dataloader_num_workers": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+def test_training_after_it_is_training_without_it(kind, case, tmp_path):
+    settings, test = CASES[case]
+    settings = {"train_sampling_strategy": "random", **settings}
+    if test.get("on disk"):
+        test = {"offload_folder": tmp_path}
+    without = end_of_training(make_trainer(tmp_path / "a", kind, **settings))
+    trainer = make_trainer(tmp_path / "a", kind, **settings)
+    curve = lr_range_test(trainer, **SHORT, **test)
+    assert len(curve.rates) > 5
+    assert_same(without, end_of_training(trainer))
+
+
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_same_after_an_error_in_the_middle(kind, error, tmp_path, monkeypatch):
+    without = end_of_training(make_trainer(tmp_path, kind))
+    trainer = make_trainer(tmp_path, kind)
+    calls = []
+
+    def raising(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 12:
+            raise error
+        return compute_loss(self, *args, **kwargs)
+
+    compute_loss = kind.compute_loss
+    monkeypatch.setattr(kind, "compute_loss", raising)
+    with pytest.raises(error):
+        lr_range_test(trainer, **SHORT)
+    monkeypatch.undo()
+    assert_same(without, end_of_training(trainer))
+
+
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+def test_between_two_trainings(kind, tmp_path):
+    """The second training goes on with the optimizer and its state; the test in between is not seen."""
+    ends = []
+    for tested in (False, True):
+        trainer = make_trainer(tmp_path, kind)
+        trainer.train()
+        if tested:
+            lr_range_test(trainer, **SHORT)
+        ends.append(end_of_training(trainer))
+    assert_same(*ends)
+
+
+def test_with_an_optimizer_and_schedule_that_were_passed(tmp_path):
+    ends = []
+    for tested in (False, True):
+        set_seed(0)
+        model = tiny_bert()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        trainer = make_trainer(tmp_path, model=model, trainer={"optimizers": (optimizer, schedule)})
+        if tested:
+            rates, step = [group["lr"] for group in optimizer.param_groups], optimizer.step
+            curve = lr_range_test(trainer, **SHORT)
+            assert [group["lr"] for group in optimizer.param_groups] == rates
+            assert optimizer.step == step
+            assert curve.rates[0] == 1e-5
+        ends.append(end_of_training(trainer))
+    assert_same(*ends)
+
+
+def test_with_a_model_that_the_trainer_makes(tmp_path):
+    ends = []
+    for tested in (False, True):
+        trainer = make_trainer(tmp_path, trainer={"model_init": tiny_bert})
+        model = trainer.model
+        if tested:
+            lr_range_test(trainer, **SHORT)
+        assert trainer.model is model
+        ends.append(end_of_training(trainer))
+    assert_same(*ends)
+
+
+def test_the_trainer_itself_stays_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+    before = dict(vars(trainer))
+    state, control = copy.deepcopy(trainer.state), copy.deepcopy(trainer.control)
+    args, callbacks = trainer.args.to_dict(), list(trainer.callback_handler.callbacks)
+    lr_range_test(trainer, confirm=True, eval_batches=1, **SHORT)
+    assert vars(trainer) == before
+    assert trainer.state == state
+    assert trainer.control == control
+    assert trainer.args.to_dict() == args
+    assert trainer.callback_handler.callbacks == callbacks
+    assert not list(tmp_path.iterdir())
+    assert "forward" not in vars(trainer.model)
+
+
+class Loud(TrainerCallback):
+    """Fails at every event of a training."""
+
+    def on_train_begin(self, *_, **__):
+        raise AssertionError
+
+    on_step_begin = on_step_end = on_log = on_evaluate = on_save = on_train_end = on_epoch_end = on_train_begin
+
+
+def test_no_callback_log_evaluation_or_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"load_best_model_at_end": True, "eval_on_start": True, "logging_first_step": True}
+    trainer = make_trainer(tmp_path, trainer={"callbacks": [Loud()]}, **settings)
+    lr_range_test(trainer, **SHORT)
+    assert trainer.state.log_history == []
+    assert not list(tmp_path.iterdir())
+
+
+# ---- What is swept --------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_the_steps_by_hand():
+    assert sweep_rates(1e-4, 1e-2, 21, "exponential")[::10] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert sweep_rates(0.1, 0.3, 21, "linear")[::10] == pytest.approx([0.1, 0.2, 0.3])
+
+
+class Watching(Trainer):
+    """Notes the rates of all optimizer groups, and counts batches."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen = []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        self.seen.append([group["lr"] for group in self.optimizer.param_groups])
+        return super().training_step(*args, **kwargs)
+
+
+def watching(folder, **settings):
+    args = TrainingArguments(output_dir=str(folder), **SETTINGS | settings)
+    set_seed(0)
+    return Watching(
+        model=tiny_bert(),
+        args=args,
+        train_dataset=token_rows(64),
+        optimizer_cls_and_kwargs=discriminative_optimizer(args, factor=2.0),
+    )
+
+
+def test_one_multiplier_over_all_groups(tmp_path):
+    trainer = watching(tmp_path)
+    curve = lr_range_test(trainer, **SHORT)
+    seen = np.array(trainer.seen)
+    groups = len(layer_groups(trainer.model))
+    ratios = 2.0 ** -np.arange(groups)[::-1]
+    assert seen.shape == (len(curve.rates) + 1, groups)
+    assert seen / seen[:, -1:] == pytest.approx(np.tile(ratios, (len(seen), 1)))
+    assert seen[:-1, -1] == pytest.approx(curve.rates)
+
+
+def test_accumulation_counts_optimizer_steps(tmp_path):
+    trainer = watching(tmp_path, gradient_accumulation_steps=2)
+    curve = lr_range_test(trainer, **SHORT)
+    assert curve.steps == len(curve.rates) + 1
+    assert len(trainer.seen) == 2 * curve.steps
+    assert [row[-1] for row in trainer.seen[:-2:2]] == pytest.approx(curve.rates)
+
+
+class Parabola(torch.nn.Module):
+    """The loss is a parabola of one weight, so each step can be calculated by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([4.0]))
+
+    def forward(self, x, labels=None):
+        return {"loss": (0.5 * self.weight**2).sum() + 0 * x.sum(), "logits": x}
+
+
+def parabola_trainer(folder, **settings):
+    model = Parabola()
+    rows = [{"x": torch.ones(1), "labels": torch.zeros(1)} for _ in range(16)]
+    args = TrainingArguments(output_dir=str(folder), max_grad_norm=0.0, **{**SETTINGS, "max_steps": 500, **settings})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    return Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, optimizers=(sgd, None))
+
+
+@pytest.mark.parametrize("eval_batches", [0, 1])
+def test_losses_belong_to_the_rate_before_them(eval_batches, tmp_path):
+    """w <- w - r w, loss w^2 / 2: after the rates r_0 ... r_i it is 8 * prod (1 - r_j)^2, until it diverges."""
+    curve = lr_range_test(
+        parabola_trainer(tmp_path), start_lr=0.01, end_lr=4.0, num_steps=60, eval_batches=eval_batches
+    )
+    rates = sweep_rates(0.01, 4.0, 60, "exponential")
+    losses = 8 * np.cumprod((1 - np.array(rates)) ** 2)
+    assert curve.start_loss == 8.0
+    assert curve.rates == pytest.approx(rates[: len(curve.rates)])
+    assert curve.losses == pytest.approx(losses[: len(curve.losses)].tolist(), rel=1e-4)
+    assert curve.training_steps == 500
+    assert curve.loss_on == ("evaluation" if eval_batches else "training")
+
+
+def test_it_ends_where_the_loss_has_diverged(tmp_path):
+    """From r = 2 on each step makes the parabola's loss larger."""
+    curve = lr_range_test(parabola_trainer(tmp_path), start_lr=0.01, end_lr=100.0, num_steps=100)
+    assert curve.stopped == "diverged"
+    assert 2 < curve.rates[-1] < 20
+    assert curve.steps < 100
+
+
+class NotANumber(Trainer):
+    """The loss is nan from a given step on."""
+
+    first, calls = 0, 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        type(self).calls += 1
+        bad = type(self).calls > type(self).first
+        return (loss[0] * math.nan, loss[1]) if isinstance(loss, tuple) else loss * (math.nan if bad else 1.0)
+
+
+def test_it_ends_at_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr(NotANumber, "first", 12)
+    monkeypatch.setattr(NotANumber, "calls", 0)
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS)
+    trainer = NotANumber(model=tiny_bert(), args=args, train_dataset=token_rows(64))
+    curve = lr_range_test(trainer, **SHORT)
+    assert curve.stopped == "nan"
+    assert len(curve.losses) == 11
+    assert all(map(math.isfinite, curve.losses))
+
+
+def test_frozen_layers_stay_frozen(tmp_path):
+    model = tiny_bert()
+    model.bert.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(tmp_path, ULMFiTTrainer, model=model)
+    lr_range_test(trainer, **SHORT)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.bert.parameters())
+
+
+def test_the_evaluation_loss_is_the_trainers(tmp_path):
+    """All 20 evaluation rows in one batch: the loss before any update is that of `evaluate`."""
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=20)
+    curve = lr_range_test(trainer, eval_batches=1, **SHORT)
+    assert curve.start_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    assert len(curve.rates) == curve.steps
+
+
+# ---- Confirmation ---------------------------------------------------------------------------------------------------
+
+
+def test_confirmation_says_its_cost_first_and_takes_it(tmp_path, caplog):
+    trainer = watching(tmp_path)
+    curve = lr_range_test(trainer, confirm=True, **SHORT)
+    assert "4 probes of 16 optimizer steps, 64 more" in caplog.text  # the training has 16 steps
+    assert curve.steps == len(trainer.seen)
+    assert [probe.rate for probe in curve.probes] == pytest.approx(
+        [factor * curve.probes[2].rate for factor in (0.25, 0.5, 1, 2)]
+    )
+    assert curve.suggestion == min(curve.probes, key=lambda probe: probe.loss).rate
+
+
+def test_probes_of_a_longer_training_go_as_far_as_it_would(tmp_path):
+    trainer = watching(tmp_path, max_steps=400)
+    curve = lr_range_test(trainer, confirm=True, **SHORT)
+    sweep = curve.steps - 4 * 25
+    peaks = [max(row[-1] for row in trainer.seen[sweep + 25 * i : sweep + 25 * (i + 1)]) for i in range(4)]
+    assert [probe.peak for probe in curve.probes] == pytest.approx([4 * probe.rate for probe in curve.probes])
+    assert peaks == pytest.approx([probe.peak for probe in curve.probes], rel=0.06)
+
+
+def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypatch):
+    notes = []
+    rehearse = lr_range.rehearse
+    monkeypatch.setattr(lr_range, "rehearse", lambda *args: notes.append(rehearse(*args)) or notes[-1])
+    lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
+    assert len({note.losses[0] for note in notes}) == 1, "with dropout on"
+
+
+# ---- For plans ------------------------------------------------------------------------------------------------------
+
+
+def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):
+    record = tmp_path / "lr_range.json"
+    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+    curve = find_learning_rate(trainer, record, **SHORT)
+    assert trainer.args.learning_rate == curve.suggestion != 1e-3
+    assert json.loads(record.read_text())["read"]["suggestions"]["default"] == curve.suggestion
+    monkeypatch.setattr(lr_range, "lr_range_test", None)
+    again = make_trainer(tmp_path, ULMFiTTrainer)
+    assert find_learning_rate(again, record) == curve
+    assert again.args.learning_rate == curve.suggestion
+    trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[-1]["lr"] == curve.suggestion
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "found"),
+    [
+        ({"learning_rate_low": 1e-4}, "learning_rate_low", 2e-4),
+        ({"group_learning_rates": [1e-4, 5e-4, 1e-3]}, "group_learning_rates", [2e-4, 1e-3, 2e-3]),
+        ({"discriminative_factor": 3.0}, "discriminative_factor", 3.0),
+    ],
+)
+def test_rates_of_the_other_groups_keep_their_ratio(given, name, found, tmp_path):
+    args = ULMFiTTrainingArguments(str(tmp_path), learning_rate=1e-3, **given)
+    set_learning_rate(args, 2e-3)
+    assert args.learning_rate == 2e-3
+    assert getattr(args, name) == pytest.approx(found)
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"start_lr": 1.0, "end_lr": 1.0}, "start_lr < end_lr"),
+        ({"start_lr": 0.0}, "start_lr < end_lr"),
+        ({"end_lr": math.inf}, "start_lr < end_lr"),
+        ({"num_steps": 19}, "at least 20 steps"),
+        ({"num_steps": 50.0}, "at least 20 steps"),
+        ({"mode": "exponent"}, 'Did you mean "exponential"'),
+        ({"eval_batches": -1}, "eval_batches"),
+    ],
+)
+def test_settings_out_of_range(settings, words, tmp_path):
+    with pytest.raises(InputError, match=words) as error:
+        lr_range_test(make_trainer(tmp_path), **settings)
+    assert "\n" not in str(error.value)
+
+
+def frozen(folder):
+    return make_trainer(folder, model=tiny_bert().requires_grad_(False))
+
+
+def too_small(folder):
+    return make_trainer(folder, trainer={"train_dataset": ragged_rows(7)})
+
+
+def without_rows(folder):
+    return make_trainer(folder, trainer={"train_dataset": None})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (frozen, "no trainable parameters"),
+        (too_small, "batch of 8.*Received: 7 rows"),
+        (without_rows, "no train_dataset"),
+    ],
+)
+def test_trainers_that_cannot_train(make, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        lr_range_test(make(tmp_path))
+
+
+@pytest.mark.parametrize("dataset", [None, {"one": token_rows(8)}])
+def test_evaluation_rows_that_are_missing(dataset, tmp_path):
+    with pytest.raises(InputError, match="eval_dataset"):
+        lr_range_test(make_trainer(tmp_path, trainer={"eval_dataset": dataset}), eval_batches=2)
+
+
+def test_evaluation_rows_without_labels(tmp_path):
+    rows = [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in token_rows(8)]
+    trainer = make_trainer(
+        tmp_path, trainer={"eval_dataset": rows, "train_dataset": token_rows(64), "data_collator": None}
+    )
+    with pytest.raises(InputError, match="no labels"):
+        lr_range_test(trainer, eval_batches=1)
+
+
+def test_a_loss_that_is_nan_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(NotANumber, "first", 0)
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS)
+    model = tiny_bert()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="before the first update"):
+        lr_range_test(NotANumber(model=model, args=args, train_dataset=token_rows(64)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_base_rate_of_zero(tmp_path):
+    with pytest.raises(InputError, match="must not be 0"):
+        lr_range_test(make_trainer(tmp_path, learning_rate=0.0))
+
+
+def test_divergence_in_the_first_steps_is_told(tmp_path):
+    with pytest.raises(InputError, match="Begin lower"):
+        lr_range_test(parabola_trainer(tmp_path), start_lr=1e9, end_lr=1e30, num_steps=20)
+
+
+def test_head_rate_of_a_phase_without_the_head(tmp_path):
+    """Only the first block trains: what is found is still named as the head's rate, as `learning_rate` would be."""
+    model = tiny_bert().requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(True)
+    args = ULMFiTTrainingArguments(str(tmp_path), **SETTINGS)
+    trainer = ULMFiTTrainer(
+        model=model,
+        args=args,
+        train_dataset=ragged_rows(64),
+        data_collator=pad_rows,
+        optimizer_cls_and_kwargs=discriminative_optimizer(args, factor=2.0, trainable_only=True),
+    )
+    optimizer = trainer.create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 / 2**4])
+    assert rehearsal.head_rate(trainer, optimizer) == 1e-3
+
+
+def test_the_result_is_a_curve_that_can_be_kept(tmp_path):
+    curve = lr_range_test(make_trainer(tmp_path), **SHORT)
+    assert LRCurve.from_json(curve.to_json()) == curve
+    assert curve.training_steps == 16
+    assert curve.seconds > 0

@@ -1,0 +1,180 @@
+"""A rehearsal: a short run of a trainer's own training at other rates, with the loss of every step noted."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.layers import layer_groups
+
+
+class LossNotes(TrainerCallback):
+    """Notes the loss before the first update and after each one, and ends the run where it tells no more.
+
+    Args:
+        rates: The head's rate at each update.
+        eval_batches: How many batches of the evaluation set the loss is taken on; 0 for the training batches.
+        stops: Whether these losses, the first of them from before any update, say that the run should end.
+    """
+
+    def __init__(self, rates: Sequence[float], eval_batches: int, stops: Callable[[Sequence[float]], bool]) -> None:
+        self.rates = rates
+        self.eval_batches = eval_batches
+        self.stops = stops
+        self.losses: list[float] = []
+        self.updates = 0
+        self.stopped = "end"
+        self.training_steps = 0
+
+    def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
+        """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
+        self._trainer = trainer
+        self._planned = planned
+        self._train_losses: list[torch.Tensor] = []
+        trainer_step = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self._train_losses.append(trainer_step(*args, **kwargs))
+            return self._train_losses[-1]
+
+        trainer.training_step = training_step  # type: ignore[method-assign]
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Counts the steps of the planned training, and takes the evaluation loss before any update."""
+        self.training_steps = self._trainer.set_initial_training_values(self._planned, train_dataloader)[-1]
+        if self.eval_batches:
+            self._batches = list(self._trainer.get_eval_dataloader(self._evaluated_rows(args)))
+            self._note(self._evaluate(model), control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Takes the loss that goes with the step: the training batches saw the weights as they were before it."""
+        training_loss, self._train_losses = torch.stack(self._train_losses).sum(), []
+        if not self.eval_batches and len(self.losses) == self.updates:
+            self._note(training_loss, control)
+        if self._trainer.accelerator.optimizer_step_was_skipped:  # gradients in half precision were too large
+            return
+        self.updates += 1
+        if self.eval_batches:
+            self._note(self._evaluate(model), control)
+
+    def _evaluated_rows(self, args: TrainingArguments) -> Any:
+        """Rows from all over the evaluation set, in which similar ones may stand together."""
+        dataset: Any = self._trainer.eval_dataset
+        rows = min(len(dataset), self.eval_batches * args.eval_batch_size * args.world_size)
+        chosen = [index * len(dataset) // rows for index in range(rows)]
+        return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+
+    def _evaluate(self, model: nn.Module) -> torch.Tensor:
+        model.eval()
+        step: Any = self._trainer.prediction_step
+        losses = [step(model, batch, prediction_loss_only=True)[0] for batch in self._batches]
+        if any(loss is None for loss in losses):
+            raise InputError("The evaluation set gives no loss, as it has no labels: leave eval_batches out")
+        return torch.stack(losses).mean()
+
+    def _note(self, loss: torch.Tensor, control: TrainerControl) -> None:
+        value = self._trainer.accelerator.reduce(loss.detach().float(), reduction="mean").item()
+        if not math.isfinite(value):
+            if not self.losses:
+                raise InputError(
+                    "The loss is not a number before the first update, which no rate can mend: look at the labels, "
+                    f"the inputs and the precision. Received: loss={value}"
+                )
+            self.stopped, control.should_training_stop = "nan", True
+            return
+        self.losses.append(value)
+        if self.stops(self.losses):
+            self.stopped, control.should_training_stop = "diverged", True
+
+
+def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) -> LossNotes:
+    """Train a shallow copy of a trainer, at the rates of the notes and in all else as the trainer would.
+
+    It shares the model and the data; what it does to them is for the caller to put back (`restoring.unchanged`). The
+    trainer itself, its callbacks, its `Accelerator` with the loss scale and its folder have no part in it.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The one to use, if it has one already.
+        notes: They begin empty.
+
+    Returns:
+        The notes.
+    """
+    rehearsal: Any = copy.copy(trainer)
+    rehearsal.args = _quiet(trainer.args, len(notes.rates))
+    rehearsal.create_accelerator_and_postprocess()  # with its own loss scale and lists of what it prepared
+    rehearsal.model_init = None  # it would be called again, for the weights that are there already
+    rehearsal.optimizer, rehearsal.lr_scheduler = optimizer, None
+    rehearsal.control = TrainerControl()
+    rehearsal.callback_handler = CallbackHandler(
+        [DefaultFlowCallback, notes], trainer.model, trainer.processing_class, None, None
+    )
+
+    def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        swept: Any = rehearsal.optimizer if optimizer is None else optimizer
+        head, last = head_rate(trainer, swept), len(notes.rates) - 1
+        rehearsal.lr_scheduler = LambdaLR(swept, lambda step: notes.rates[min(step, last)] / head)
+        return rehearsal.lr_scheduler
+
+    # On the copy alone, and before its class's own methods, whatever that class is.
+    rehearsal.create_scheduler = create_scheduler
+    rehearsal.log = lambda logs, start_time=None: None
+    notes.attach(rehearsal, trainer.args)
+    try:
+        Trainer.train(rehearsal)  # a subclass's own `train` looks after signals and checkpoints
+    finally:
+        vars(rehearsal).clear()  # the copy's functions hold the copy; what else goes in circles, `train` collects
+    return notes
+
+
+def _quiet(args: TrainingArguments, num_steps: int) -> TrainingArguments:
+    """The same arguments for so many steps in which nothing is logged, evaluated, saved or pushed."""
+    quiet = copy.copy(args)  # as it stands: its checks and what they derive have had their turn
+    quiet.max_steps = num_steps
+    quiet.eval_strategy = quiet.logging_strategy = IntervalStrategy.NO
+    quiet.save_strategy = SaveStrategy.NO
+    quiet.logging_first_step = quiet.eval_on_start = quiet.load_best_model_at_end = quiet.push_to_hub = False
+    quiet.logging_nan_inf_filter = False  # the notes look at every loss anyway
+    return quiet
+
+
+def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
+    """The rate that `learning_rate` names, before any schedule: that of the last layer group.
+
+    Where the optimizer holds no parameter of that group, it is what the training arguments say.
+
+    Raises:
+        InputError: It is 0, and no multiple of 0 is a rate to be found.
+    """
+    model: Any = trainer.model
+    head = {id(parameter) for parameter in layer_groups(model)[-1].parameters(model)}
+    rates = [
+        float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        if any(id(parameter) in head for parameter in group["params"])
+    ]
+    rate = max(rates, default=float(trainer.args.learning_rate))
+    if not rate > 0:
+        raise InputError(f"The range test multiplies the trainer's rates, so they must not be 0. Received: {rate}")
+    return rate

@@ -165,6 +165,17 @@ def test_a_curve_that_still_falls_at_its_end_says_so():
     assert "raise end_lr" in curve.verdict
 
 
+@pytest.mark.parametrize("stopped", ["end", "diverged", "nan"])
+@pytest.mark.parametrize("losses", [range(6), range(6, 0, -1), [1.0] * 6, [5, 0, 5, 0, 5, 0], [0, 9, 9, 9, 9, 9]])
+def test_every_rule_gives_a_rate_within_the_sweep_or_below(losses, stopped):
+    rates = tuple(10.0**power for power in range(-6, 0))
+    curve = LRCurve(rates=rates, losses=tuple(map(float, losses)), start_loss=1.0, training_steps=50, stopped=stopped)
+    for name, rule in RULES.items():
+        assert 0 < rule(curve) <= rates[-1], name
+    assert curve.verdict.endswith(".")
+    assert curve.confidence in ("low", "medium", "high")
+
+
 def test_cyclical_range_ends_at_the_suggestion():
     curve = falling_curve()
     assert curve.cyclical_range == (curve.suggestion / 4, curve.suggestion)

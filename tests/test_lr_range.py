@@ -158,7 +158,7 @@ def test_with_an_optimizer_and_schedule_that_were_passed(tmp_path):
 def test_with_a_model_that_the_trainer_makes(tmp_path):
     ends = []
     for tested in (False, True):
-        trainer = make_trainer(tmp_path, trainer={"model_init": tiny_bert})
+        trainer = make_trainer(tmp_path, trainer={"model_init": lambda: tiny_bert()})
         model = trainer.model
         if tested:
             lr_range_test(trainer, **SHORT)

@@ -256,7 +256,7 @@ def steepest(curve: LRCurve) -> float:
 def still_falling(curve: LRCurve) -> float:
     """Smith's reading: the highest rate at which the loss still clearly falls, at half its fastest or more."""
     slopes = _slopes(curve)
-    return curve.rates[int(np.flatnonzero(slopes <= slopes.min() / 2)[-1])]
+    return curve.rates[int(np.flatnonzero(slopes <= max(slopes.min() / 2, slopes.min()))[-1])]
 
 
 def valley(curve: LRCurve) -> float:

@@ -1,4 +1,4 @@
-"""How good are the rates that learning-rate finders suggest? The true curve, the suggestions, and their regret.
+"""How good are the rates that learning-rate finders suggest? The true curves, the suggestions, and their regret.
 
     python recipes/benchmarks/lr_suggestions.py curves     # accuracy after real training at each of 8 rates: hours
     python recipes/benchmarks/lr_suggestions.py sweeps     # range tests on the same runs' starts
@@ -9,11 +9,12 @@ Every result is a line in the results file as soon as it is there; a command tha
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from datasets import concatenate_datasets, disable_progress_bars
 from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from ulmfit_tools.data.demo_model import load_model_and_tokenizer
-from ulmfit_tools.data.loading import load_text_classification
-from ulmfit_tools.data.tokenizing import tokenize
+from ulmfit_tools.data import load_model_and_tokenizer, load_text_classification, tokenize
+from ulmfit_tools.lr_curve import RULES, LRCurve, valley_index
 from ulmfit_tools.lr_range import lr_range_test
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
@@ -41,10 +41,10 @@ EPOCHS, BATCH_SIZE = 3, 16
 SEEDS = [0, 1]
 RATES = [1e-4, 8e-4, 2e-4, 3e-5, 4e-4, 1e-5, 1.6e-3, 3e-3]  # in the order in which they are run
 SWEEPS: dict[str, dict[str, Any]] = {
-    "wide": {},
-    "narrow": {"start_lr": 1e-6, "end_lr": 0.1},
+    "ours": {"confirm": True},  # 1e-7 to 10 in 100 steps: also what fastai and torch-lr-finder do by default
     "lightning": {"start_lr": 1e-8, "end_lr": 1.0},
 }
+HABITS = [5e-5, 2e-5]
 
 
 @dataclass(frozen=True)
@@ -208,25 +208,114 @@ def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
             if results.find(**key):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                trainer = make_trainer(case, tasks, folder)
-                curve = lr_range_test(trainer, **settings)
-            results.add(
-                key
-                | {
-                    "bf16": tasks.bf16,
-                    "rates": curve.rates,
-                    "losses": curve.losses,
-                    "start_loss": curve.start_loss,
-                    "stopped": curve.stopped,
-                    "meta": curve.meta,
-                }
-            )
-            print(case, name, len(curve.rates), curve.stopped, curve.meta, flush=True)
+                curve = lr_range_test(make_trainer(case, tasks, folder), **settings)
+            results.add(key | {"bf16": tasks.bf16, "curve": json.loads(curve.to_json())})
+            rates = {reading: f"{rate:.1e}" for reading, rate in curve.suggestions.items()}
+            print(f"{case} {name}: {rates} {curve.confidence}, {curve.seconds:.0f} s", flush=True)
+
+
+# The rules of others, from their definitions, on curves that were swept with their settings. They pair a loss with the
+# rate of the update after it, so the loss before the first update belongs to the first rate.
+
+
+def averaged(curve: LRCurve, beta: float) -> np.ndarray:
+    """The losses as they smooth them: an exponential moving average, corrected for its bias."""
+    losses = np.array([curve.start_loss, *curve.losses[:-1]])
+    total, averages = 0.0, []
+    for count, loss in enumerate(losses, 1):
+        total = beta * total + (1 - beta) * loss
+        averages.append(total / (1 - beta**count))
+    return np.array(averages)
+
+
+def torch_lr_finder(curve: LRCurve) -> float:
+    """`LRFinder.plot`, steepest: the first loss as it is, then 0.05 of each new one; 10 points and 5 are left out."""
+    smooth = [curve.start_loss]
+    for loss in curve.losses[:-1]:
+        smooth.append(0.05 * loss + 0.95 * smooth[-1])
+    return curve.rates[10 + int(np.gradient(smooth[10:-5]).argmin())]
+
+
+def lightning(curve: LRCurve) -> float:
+    """`_LRFinder.suggestion`: steepest, with a beta of 0.98; 10 points and 1 are left out."""
+    return curve.rates[10 + int(np.gradient(averaged(curve, 0.98)[10:-1]).argmin())]
+
+
+def fastai_valley(curve: LRCurve) -> float:
+    """`valley`, with a beta of 0.98; 10 points and 5 are left out."""
+    return curve.rates[10 + valley_index(averaged(curve, 0.98)[10:-5].tolist())]
+
+
+def fastai_minimum(curve: LRCurve) -> float:
+    """`minimum`, with a beta of 0.98: a tenth of the rate with the lowest loss."""
+    return curve.rates[10 + int(averaged(curve, 0.98)[10:-5].argmin())] / 10
+
+
+def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Callable[[LRCurve], int]]]:
+    """By name: the sweep that a rule reads, the rule, and the optimizer steps that it costs."""
+
+    def without_probes(curve: LRCurve) -> LRCurve:
+        return replace(curve, probes=())
+
+    def swept(curve: LRCurve) -> int:
+        return len(curve.rates) + (curve.loss_on == "training")
+
+    ours: dict[str, Any] = {
+        "ours, default": ("ours", lambda curve: without_probes(curve).suggestion, swept),
+        "ours, confirmed": ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
+    }
+    for name, rule in RULES.items():
+        ours[f"  our curve, {name}"] = ("ours", rule, swept)
+    peers = {
+        "torch-lr-finder, steepest": ("ours", torch_lr_finder, swept),
+        "Lightning, steepest": ("lightning", lightning, swept),
+        "fastai, valley": ("ours", fastai_valley, swept),
+        "fastai, minimum/10": ("ours", fastai_minimum, swept),
+    }
+    habits = {f"always {rate:g}": (None, lambda curve, rate=rate: rate, lambda curve: 0) for rate in HABITS}
+    return ours | peers | habits
+
+
+def regret(points: list[tuple[float, float]], rate: float) -> float:
+    """The best accuracy on a true curve less that at a rate, between two points by the logarithm of the rate."""
+    rates, accuracies = zip(*sorted(points), strict=True)
+    return max(accuracies) - float(np.interp(math.log(rate), np.log(rates), accuracies))
+
+
+def print_table(results: Results, options: argparse.Namespace) -> None:
+    """Mean and worst regret of every rule over all starts whose curves and sweeps are complete, in points."""
+    complete = {}
+    for case in cases(options.tasks, options.seeds):
+        points = {line["rate"]: line["accuracy"] for line in results.find(**case.key("curve"))}
+        sweeps = {line["sweep"]: line["curve"] for line in results.find(**case.key("sweep"))}
+        if set(options.rates) <= set(points) and set(SWEEPS) <= set(sweeps):
+            curves = {name: LRCurve.from_json(json.dumps(values)) for name, values in sweeps.items()}
+            complete[case] = list(points.items()), curves
+    if not complete:
+        raise SystemExit(f"No start in {options.results} has all of its rates and sweeps yet")
+    print(f"{len(complete)} starts (task, seed, discriminative or not)\n")
+    print("| rule | mean regret | worst regret | worst on | rates | steps |\n|---|---|---|---|---|---|")
+    for name, (sweep, rule, cost) in contestants().items():
+        rates, steps, regrets = [], [], {}
+        for case, (points, curves) in complete.items():
+            curve = curves[sweep or "ours"]
+            rates.append(rule(curve))
+            steps.append(cost(curve))
+            regrets[case] = 100 * regret(points, rates[-1])
+        worst = max(regrets, key=lambda case: regrets[case])
+        mean = sum(regrets.values()) / len(regrets)
+        where = f"{worst.task}, seed {worst.seed}{', discriminative' if worst.discriminative else ''}"
+        spread = f"{min(rates):.1e} to {max(rates):.1e}"
+        print(f"| {name} | {mean:.2f} | {regrets[worst]:.2f} | {where} | {spread} | {np.mean(steps):.0f} |")
+    print("\nBest accuracies:")
+    for case, (points, _) in complete.items():
+        rate, accuracy = max(points, key=lambda point: point[1])
+        print(f"  {case}: {accuracy:.3f} at {rate:g}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["curves", "sweeps"])
+    parser.add_argument("command", choices=["curves", "sweeps", "table"])
     parser.add_argument("--results", type=Path, default=Path("runs/lr_suggestions.jsonl"))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ULMFIT_TOOLS_DATA", "../shared/data")))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -239,8 +328,12 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    command = {"curves": run_curves, "sweeps": run_sweeps}[options.command]
-    command(Results(options.results), Tasks(options.data, options.bf16), options)
+    results = Results(options.results)
+    if options.command == "table":
+        print_table(results, options)
+        return
+    run = run_curves if options.command == "curves" else run_sweeps
+    run(results, Tasks(options.data, options.bf16), options)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plot_lr_curve(curve: LRCurve, ax: "Axes | None" = None) -> "Axes":
     for name, rate in curve.suggestions.items():
         style = {"linewidth": 2.0} if name == "default" else {"linewidth": 1.2, "linestyle": "--"}
         label = f"{name.replace('_', ' ')}: {rate:.1e}"
-        ax.axvline(rate, color=_COLOURS[name], label=label, **style)  # type: ignore[arg-type]
+        ax.axvline(rate, color=_COLOURS[name], label=label, **style)
     ax.set_xscale("log" if curve.mode == "exponential" else "linear")
     bottom = min(min(curve.losses), curve.smoothed[curve.lowest])
     top = max(curve.level, *curve.losses[: curve.turn + 1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 
+from ulmfit_tools import LRCurve
 from ulmfit_tools.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -80,6 +81,19 @@ def test_groups_prints_every_group_with_its_rate(model, capsys):
     for name, rate in rates.items():
         assert any(name in line and rate in line for line in out.splitlines()), (name, rate)
     assert "100.0%" in out
+
+
+def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
+    picture, curve = tmp_path / "curve.png", tmp_path / "curve.json"
+    files = ["--plot", str(picture), "--json", str(curve)]
+    flags = ["lr-find", "--model", model, "--dataset", data, "--use_cpu", *files]
+    assert main([*flags, "--num_steps", "60"]) == 0
+    suggestion = LRCurve.from_json(curve.read_text()).suggestion
+    assert 1e-7 < suggestion < 10
+    assert f"{suggestion:.2e}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "exists already" in refused(capsys, *flags)
+    assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
 
 
 def test_config_file_serves_and_flags_win(model, data, tmp_path):

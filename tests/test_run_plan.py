@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 from transformers import TrainerCallback, pipeline
 
-from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit, load_text_classification, run_plan
+from ulmfit_tools import FineTuningPlan, InputError, LRCurve, Phase, UntilOverfit, load_text_classification, run_plan
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.plans.settings import run_arguments
 
@@ -306,6 +306,24 @@ def test_model_object_runs(data, tmp_path):
     plan = FineTuningPlan(name="x", phases=[Phase(name="a", train="head", steps=2, learning_rate=1e-3)])
     result = run(plan, bert, data, tmp_path / "run", tokenizer=tiny_tokenizer())
     assert result.phases[0].trains == (layer_groups(bert).names[-1],)
+
+
+def test_auto_rate_is_found_once_recorded_and_used_again_on_resume(model, data, tmp_path):
+    plan = FineTuningPlan(name="x", settings={"per_device_train_batch_size": 16}, phases=[
+        Phase(name="head", train="head", epochs=1, learning_rate=1e-2),
+        Phase(name="all", epochs=2, learning_rate="auto", factor=1),
+    ])  # fmt: skip
+    first = run(plan, model, data, tmp_path / "first")
+    record = tmp_path / "first/phases/02-all/lr_range.json"
+    assert first.phases[1].learning_rate == LRCurve.from_json(record.read_text()).suggestion
+    with pytest.raises(Stop):
+        run(plan, model, data, tmp_path / "run", callbacks=[StopAt("02-all", 9)])
+    found = tmp_path / "run/phases/02-all/lr_range.json"
+    assert LRCurve.from_json(found.read_text()).suggestion == first.phases[1].learning_rate
+    written = found.stat().st_mtime_ns
+    run(plan, model, data, tmp_path / "run", resume=True)
+    assert found.stat().st_mtime_ns == written
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "first"))
 
 
 def test_phase_whose_checkpoints_are_all_damaged_starts_anew(whole, model, data, tmp_path, caplog):

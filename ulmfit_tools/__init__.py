@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ulmfit_tools.freezing import freeze_to, unfreeze
     from ulmfit_tools.gradual_unfreezing import GradualUnfreezing
     from ulmfit_tools.layers import LayerGroup, LayerGroups, layer_groups
+    from ulmfit_tools.lr_curve import LRCurve
+    from ulmfit_tools.lr_range import lr_range_test
     from ulmfit_tools.param_groups import discriminative_optimizer, discriminative_param_groups
     from ulmfit_tools.plans import FineTuningPlan, Phase, PlanResult, UntilOverfit, run_plan, shipped_plans
     from ulmfit_tools.schedules import (
@@ -40,6 +42,8 @@ _MODULE_OF = {
     "GradualUnfreezing": "gradual_unfreezing",
     "LogGroupRates": "callbacks",
     "StopWhenOverfit": "callbacks",
+    "lr_range_test": "lr_range",
+    "LRCurve": "lr_curve",
     "ULMFiTTrainer": "trainer",
     "ULMFiTTrainingArguments": "trainer",
     "TrainingInterrupted": "trainer",

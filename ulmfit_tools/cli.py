@@ -1,4 +1,4 @@
-"""The command line: `ulmfit-tools train | groups | evaluate | predict`.
+"""The command line: `ulmfit-tools train | lr-find | groups | evaluate | predict`.
 
 Bad input ends with one line on standard error and exit code 2; a run stopped by a signal writes a last checkpoint and
 exits with 128 + the signal's number, as shells expect.
@@ -50,6 +50,17 @@ class _TrainFlags:
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
     overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
     config: str | None = _help("YAML file with any of these flags; the command line wins over it.")
+
+
+@dataclass
+class _RangeFlags:
+    start_lr: float = _help("The first rate of the sweep (the head's).", 1e-7)
+    end_lr: float = _help("The last rate of the sweep; it stops before where the loss diverges.", 10.0)
+    num_steps: int = _help("Optimizer steps of the sweep.", 100)
+    mode: str = _help("exponential or linear.", "exponential")
+    confirm: bool = _help("Also train short probes around the suggestion, and take the best.", False)
+    plot: str | None = _help("Draw the curve into this PNG file.")
+    json: str | None = _help("Write the curve into this JSON file.")
 
 
 @dataclass
@@ -188,6 +199,58 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
     return 0
 
 
+def lr_find(argv: Sequence[str]) -> int:
+    """Sweep the learning rate over a few steps and suggest one; any field of TrainingArguments is a flag too."""
+    from tempfile import TemporaryDirectory
+
+    from transformers import DataCollatorWithPadding, set_seed
+
+    from ulmfit_tools.data import ensure_padding, load_model_and_tokenizer, load_text_classification, tokenize
+    from ulmfit_tools.lr_range import lr_range_test
+    from ulmfit_tools.reporting.lr_plot import print_lr_curve, save_lr_curve
+    from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+
+    classes = [_ModelFlags, _DataFlags, _RangeFlags, ULMFiTTrainingArguments]
+    given = _parse("lr-find", classes, argv, _first_line(lr_find))
+    model_flags, data_flags, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _RangeFlags))
+    _need("lr-find", model_flags, "model")
+    _need("lr-find", data_flags, "dataset")
+    for path in (flags.plot, flags.json):
+        if path is not None and Path(path).exists():
+            raise InputError(f"{path} exists already: choose another file, nothing was written")
+    own = {f.name for c in (_ModelFlags, _DataFlags, _RangeFlags) for f in dataclasses.fields(c)}
+    with TemporaryDirectory() as folder:
+        args = ULMFiTTrainingArguments(**{k: v for k, v in given.items() if k not in own} | {"output_dir": folder})
+        args.dataloader_pin_memory &= args.device.type != "cpu"
+        data = load_text_classification(
+            data_flags.dataset,
+            text_columns=_columns(data_flags.text_column),
+            label_column=data_flags.label_column,
+            seed=args.seed,
+        )
+        set_seed(args.seed)
+        model, tokenizer = load_model_and_tokenizer(
+            model_flags.model, label_names=data.label_names, trust_remote_code=model_flags.trust_remote_code
+        )
+        ensure_padding(tokenizer, model)
+        trainer = ULMFiTTrainer(
+            model=model,
+            args=args,
+            train_dataset=tokenize(data, tokenizer, max_length=data_flags.max_length, config=model.config)["train"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        names = ("start_lr", "end_lr", "num_steps", "mode", "confirm")
+        curve = lr_range_test(trainer, **{name: getattr(flags, name) for name in names})
+    if _main_process():
+        print_lr_curve(curve)
+        if flags.json is not None:
+            Path(flags.json).write_text(curve.to_json(), encoding="utf-8")
+        if flags.plot is not None:
+            save_lr_curve(curve, flags.plot)
+    return 0
+
+
 def groups(argv: Sequence[str]) -> int:
     """Show the layer groups of a model with their parameters and rates, before anything is trained."""
     from ulmfit_tools.data import load_model_and_tokenizer
@@ -271,6 +334,7 @@ def _main_process() -> bool:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "lr-find": lr_find,
     "groups": groups,
     "evaluate": evaluate,
     "predict": predict,

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.schedules import SCHEDULES, check_schedule
 
-LearningRate = float | tuple[float, float]
+LearningRate = float | tuple[float, float] | str
 
 # What `train` may say in words; a number means that many groups from the top, a list names the groups.
 TRAIN_WORDS = ("all", "head", "top_half", "each")
@@ -55,8 +55,8 @@ class Phase:
         steps: Length in optimizer steps. At most one of `epochs`, `steps` and `until_overfit` is given; with none,
             the training argument `num_train_epochs` says how long.
         until_overfit: Train until the validation loss turns up; the best checkpoint is kept.
-        learning_rate: Rate of the last group (the head), or a span `(low, high)`: geometric spacing from the first
-            group to the last.
+        learning_rate: Rate of the last group (the head); a span `(low, high)`: geometric spacing from the first group
+            to the last; or `auto`: what a range test at the start of the phase suggests, with its layers frozen.
         factor: Each group's rate is that of the next one divided by this; 1 is one rate for all.
         num_groups: Merge the layer groups into this many before the rates are laid out.
         schedule: Name of a schedule: one of this package's or of `Trainer`'s own.
@@ -141,7 +141,11 @@ class Phase:
             object.__setattr__(self, "learning_rate", (low, high))
             if self.factor is not None:
                 raise InputError(f"{self._at('factor')} and a span of rates exclude each other: give one")
-        elif rate is not None:
+        elif isinstance(rate, str) and rate != "auto":
+            raise InputError(
+                f"{self._at('learning_rate')} is a positive number, a span [low, high] or auto. Received: {rate!r}"
+            )
+        elif rate is not None and rate != "auto":
             _check_number(self._at("learning_rate"), rate)
         if self.factor is not None:
             _check_number(self._at("factor"), self.factor)

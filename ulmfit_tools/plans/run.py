@@ -39,6 +39,7 @@ from ulmfit_tools.data import (
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freezing import set_trainable, trainable_names
 from ulmfit_tools.layers import LayerGroups, layer_groups
+from ulmfit_tools.lr_range import find_learning_rate
 from ulmfit_tools.metrics import classification_metrics
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
@@ -267,6 +268,9 @@ def _phase_trainer(job: _Job, index: int) -> ULMFiTTrainer:
 def _run_phase(job: _Job, index: int, trainer: ULMFiTTrainer) -> PhaseResult:
     phase = job.phases[index]
     here = job.folder.phase_folder(index, phase.name)
+    if phase.learning_rate == "auto":
+        find_learning_rate(trainer, here / "lr_range.json")  # kept there: a resumed phase reads it
+        trainer.optimizer_cls_and_kwargs = optimizer_of_arguments(trainer.args, trainable_only=True)
     if trainer.is_world_process_zero():
         clean_up(here)
     trainer.accelerator.wait_for_everyone()

@@ -67,6 +67,19 @@ def _new_axes() -> "Axes":
     return plt.subplots(figsize=(8.5, 4), layout="constrained")[1]
 
 
+def save_lr_curve(curve: LRCurve, path: str) -> None:
+    """Draw the curve into a PNG file, for people without a notebook.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    ax = plot_lr_curve(curve)
+    assert isinstance(ax.figure, Figure)
+    ax.figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def print_lr_curve(curve: LRCurve, console: Console | None = None) -> None:
     """Print the suggestions, what the probes came to, and how sure the result is."""
     console = console or Console()

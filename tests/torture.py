@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import torch
 from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from tiny_text import colour_folder, model_folder, tiny_tokenizer
+from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -195,6 +197,9 @@ def torture(runs: int, plain: bool, seed: int = 0, report: Callable[[str], None]
         `identical`, `different` and `crashed` (cannot be resumed at all) with their counts, and `kills`.
     """
     torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
+    # tqdm's lock is shared by all forked processes: one that is killed while it holds it would stop all later ones.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     logging.set_verbosity_error()
     disable_progress_bars()
     rng = random.Random(seed)

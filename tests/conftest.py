@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network, and nothing may wait for one
+# One thread: tiny models gain nothing from more, and a process that is forked from one with a pool of threads hangs.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
 
 import ulmfit_tools.cli
 import ulmfit_tools.plans  # noqa: F401
 
+torch.set_num_threads(1)
 # `Trainer.train` collects garbage each time, which walks through every object of every library imported so far: a
 # second a call on a slow core. Objects that are there by now stay, so the collector may pass over them.
 gc.collect()

@@ -226,7 +226,7 @@ class TestFullDisk:
     @pytest.mark.parametrize("writer", ["torch", "safetensors", "plain"])
     def test_real_write_errors_are_recognised(self, tmp_path, writer):
         """A limit on the size of a file makes the writers fail in the same places as a full disk does."""
-        resource = pytest.importorskip("resource")
+        resource = pytest.importorskip("resource", reason="limits the size of a file, which Windows cannot")
         child = os.fork()
         if child == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -111,7 +111,8 @@ def test_frozen_layers_get_no_gradient_no_state_and_no_decay(fused):
 
 
 def peft_configs():
-    peft = pytest.importorskip("peft")
+    import peft
+
     lora = {"r": 2, "target_modules": ["query", "value"]}
     return {
         "classification": peft.LoraConfig(task_type="SEQ_CLS", **lora),
@@ -155,7 +156,8 @@ def test_adapters_thaw_by_depth_and_the_base_stays_frozen():
 
 
 def test_adapters_that_transformers_adds_are_known_too():
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = tiny_bert()
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
     assert len(unfreeze(model)) == 8

@@ -299,7 +299,8 @@ def test_an_optimizer_that_holds_everything_makes_freezing_beforehand_harmless(t
 @pytest.mark.parametrize("factory", [False, True])
 def test_adapters_are_thawed_by_depth(tmp_path, factory):
     """Stages go over the groups that hold adapters: blocks 1 to 3 and the head."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], layers_to_transform=[1, 2, 3])
     model = peft.get_peft_model(tiny_bert(), config)
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}

@@ -11,7 +11,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[demo,plot,peft,test]"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[demo,plot,peft,benchmark,test]"
 	touch $@
 
 # The main job on the embedded default: fine-tune MiniLM on the standard library's docstrings. 64 tokens hold most of

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.evaluations import best_step, check_metric, evaluations, has_overfit
+from ulmfit_tools.evaluations import Cycles, best_step, check_metric, cycle_evaluations, evaluations, has_overfit
 
 
 def losses(*values, every=10):
@@ -44,6 +44,42 @@ def test_best_step_is_the_earliest_of_equals():
 )
 def test_has_overfit(values, settings, overfit):
     assert has_overfit(losses(*values), **settings) is overfit
+
+
+def epochs(*values, per_epoch=1):
+    """An evaluation `per_epoch` times each epoch, an epoch of ten steps."""
+    at = [number / per_epoch for number in range(1, len(values) + 1)]
+    return [{"eval_loss": v, "epoch": e, "step": round(10 * e)} for v, e in zip(values, at, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("history", "cycles", "ends"),
+    [
+        # cycles of 1, 2 and 4 epochs end after epochs 1, 3 and 7
+        (epochs(9, 8, 7, 6, 5, 4, 3, 2), {"length": 1, "mult": 2}, [(10, 9), (30, 7), (70, 3)]),
+        (epochs(9, 8, 7, 6, 5), {"length": 2}, [(20, 8), (40, 6)]),
+        (epochs(9, 8, 7, 6, 5, per_epoch=3), {"length": 1}, [(10, 7)]),
+        # the cycle ends at 1.5, between two evaluations: its last one counts once the next is there
+        (epochs(9, 8), {"length": 1.5}, [(10, 9)]),
+        (epochs(9), {"length": 1.5}, []),
+        # cycles that are shorter than the way from one evaluation to the next
+        (epochs(9, 8), {"length": 0.25}, [(10, 9), (20, 8)]),
+        (epochs(9, 8, 7), {"length": 10, "mult": 2, "unit": "step"}, [(10, 9), (30, 7)]),
+        ([], {"length": 1}, []),
+    ],
+)
+def test_the_last_evaluation_of_each_cycle(history, cycles, ends):
+    assert cycle_evaluations(history, "loss", Cycles(**cycles)) == ends
+
+
+def test_a_loss_that_rises_within_a_cycle_is_no_overfitting():
+    # after the restarts of epochs 1 and 3 it is up; at the ends of the cycles, 1, 3 and 7, it is 5, 4, 3, then 3.5
+    history = epochs(5, 6, 4, 7, 6, 5, 3, *[4] * 7, 3.5)
+    cycles = Cycles(length=1, mult=2)
+    assert has_overfit(history[:6])
+    assert not has_overfit(history[:-1], cycles=cycles)
+    assert has_overfit(history, cycles=cycles)
+    assert not has_overfit(history, cycles=cycles, patience=2)
 
 
 def test_a_metric_that_is_not_there_is_refused_once_there_are_evaluations():

@@ -58,10 +58,12 @@ def test_fine_tune_in_two_processes(model, data, tmp_path):
 
 @pytest.mark.slow
 def test_plans_benchmark(model, data, tmp_path):
-    flags = ["--model", model, "--dataset", data, "--plans", "baseline", "--seeds", "1", "2"]
-    printed = python(RECIPES / "benchmarks/plans.py", *flags, cwd=tmp_path).stdout
-    assert "baseline" in printed.splitlines()[-2]
-    assert len(list((tmp_path / "runs/benchmarks/plans").rglob("results.json"))) == 2
+    flags = ["--model", model, "--dataset", data, "--plans", "baseline", "baseline@1e-4", "--seeds", "1", "2"]
+    printed = python(RECIPES / "benchmarks/plans.py", *flags, cwd=tmp_path, COLUMNS="160").stdout
+    assert [line.split()[1] for line in printed.splitlines()[-3:-1]] == ["baseline", "baseline@1e-4"]
+    records = sorted((tmp_path / "runs/benchmarks/plans").rglob("run.json"))
+    rates = [json.loads(record.read_text())["settings"]["learning_rate"] for record in records]
+    assert rates == [5e-5, 5e-5, 1e-4, 1e-4]
 
 
 @pytest.mark.slow
@@ -70,3 +72,10 @@ def test_step_time_benchmark(model, data, tmp_path):
     printed = python(RECIPES / "benchmarks/step_time.py", *flags, cwd=tmp_path).stdout
     assert "a step with a rate for each layer group: median" in printed
     assert "an epoch in batches of like length: median" in printed
+
+
+@pytest.mark.slow
+def test_lr_range_cost_benchmark(model, data, tmp_path):
+    flags = ["--model", model, "--dataset", data, "--rounds", "1", "--steps", "20"]
+    printed = python(RECIPES / "benchmarks/lr_range_cost.py", *flags, cwd=tmp_path).stdout
+    assert [name in printed for name in ("plain training", "lr_range_test", "torch-lr-finder")] == [True] * 3

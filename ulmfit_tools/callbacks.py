@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.evaluations import best_step, check_metric, has_overfit
+from ulmfit_tools.evaluations import Cycles, best_step, check_metric, has_overfit
 from ulmfit_tools.gradual_unfreezing import GradualUnfreezing
 
 __all__ = ["GradualUnfreezing", "LogGroupRates", "StopWhenOverfit", "best_step", "group_rates", "has_overfit"]
@@ -71,6 +71,8 @@ class StopWhenOverfit(TrainerCallback):
         min_delta: A smaller change than this is no improvement, in units of the metric.
         metric: The name of the metric, with or without Trainer's `eval_`.
         greater_is_better: Whether the metric improves upwards.
+        cycles: Under a schedule with warm restarts: its cycles. Only the evaluations at their ends are counted, and
+            `patience` counts cycles.
 
     Raises:
         InputError: `patience` is below 1 or `min_delta` below 0; in training, when nothing is evaluated.
@@ -82,6 +84,7 @@ class StopWhenOverfit(TrainerCallback):
         min_delta: float = 0.0,
         metric: str = "eval_loss",
         greater_is_better: bool = False,
+        cycles: Cycles | None = None,
     ):
         if patience < 1 or min_delta < 0:
             raise InputError(
@@ -91,6 +94,7 @@ class StopWhenOverfit(TrainerCallback):
         self.min_delta = min_delta
         self.metric = metric
         self.greater_is_better = greater_is_better
+        self.cycles = cycles
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,6 +124,7 @@ class StopWhenOverfit(TrainerCallback):
             min_delta=self.min_delta,
             metric=self.metric,
             greater_is_better=self.greater_is_better,
+            cycles=self.cycles,
         ):
             control.should_training_stop = True
 

@@ -5,11 +5,28 @@ Pure functions of the history that every checkpoint carries, so what they decide
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from ulmfit_tools.errors import InputError, nearest
 
 History = Iterable[dict[str, Any]]
+_ROUNDING = 1e-6  # epochs in the history are sums of fractions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycles:
+    """The cycles of a schedule with warm restarts (`schedules.get_sgdr_schedule`), one after another.
+
+    Args:
+        length: Length of the first cycle.
+        mult: How many times longer each next one is.
+        unit: What both count: "epoch" or "step", as in `TrainerState.log_history`.
+    """
+
+    length: float = 1
+    mult: float = 1
+    unit: str = "epoch"
 
 
 def evaluations(history: History, metric: str) -> list[tuple[int, float]]:
@@ -21,6 +38,35 @@ def evaluations(history: History, metric: str) -> list[tuple[int, float]]:
     """
     key = _logged_name(metric)
     return [(entry["step"], entry[key]) for entry in history if key in entry]
+
+
+def cycle_evaluations(history: History, metric: str, cycles: Cycles) -> list[tuple[int, float]]:
+    """The `(step, value)` of the last evaluation in each cycle that has come to its end.
+
+    A cycle has ended once there is an evaluation at its end or after it; one without any evaluation is passed over.
+
+    Args:
+        history: `TrainerState.log_history`.
+        metric: The name of the metric, with or without Trainer's `eval_`.
+        cycles: The cycles.
+    """
+    key = _logged_name(metric)
+    last: dict[int, tuple[int, float]] = {}
+    at_end = True
+    for entry in history:
+        if key in entry:
+            number, at_end = _cycle(entry[cycles.unit], cycles)
+            last[number] = entry["step"], entry[key]
+    return list(last.values()) if at_end else list(last.values())[:-1]
+
+
+def _cycle(at: float, cycles: Cycles) -> tuple[int, bool]:
+    """The number of the cycle, from 0, that a point in the run belongs to, and whether it is that cycle's end."""
+    number, length, end = 0, cycles.length, cycles.length
+    while at > end + _ROUNDING:
+        number, length = number + 1, length * cycles.mult
+        end += length
+    return number, at >= end - _ROUNDING
 
 
 def is_better(value: float, best: float, greater_is_better: bool, min_delta: float = 0.0) -> bool:
@@ -49,6 +95,7 @@ def has_overfit(
     min_delta: float = 0.0,
     metric: str = "eval_loss",
     greater_is_better: bool = False,
+    cycles: Cycles | None = None,
 ) -> bool:
     """Whether the validation loss has turned up: `patience` evaluations in a row did not improve on the best one.
 
@@ -60,9 +107,12 @@ def has_overfit(
         min_delta: A smaller change than this is no improvement, in units of the metric.
         metric: The name of the metric, with or without Trainer's `eval_`.
         greater_is_better: Whether the metric improves upwards.
+        cycles: Count only the evaluation at the end of each of these cycles: a warm restart raises the loss for a
+            while, and that is no overfitting.
     """
     best, waited = math.nan, 0
-    for _, value in evaluations(history, metric):
+    counted = evaluations(history, metric) if cycles is None else cycle_evaluations(history, metric, cycles)
+    for _, value in counted:
         if is_better(value, best, greater_is_better, min_delta):
             best, waited = value, 0
         else:

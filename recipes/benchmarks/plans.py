@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/plans.py --dataset ../shared/data/trec --label_column coarse_label
 
+A plan may name a rate, so that a baseline can be tuned on the validation column: --plans baseline@5e-5 baseline@1e-4.
 Runs lie in --output_dir, one folder each, and are resumed or taken over when the command is given again. For each seed
 the plans run in turn, so a machine that grows slower meanwhile slows all of them.
 """
@@ -11,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,22 +33,28 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=PLANS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--output_dir", default="runs/benchmarks/plans")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, where the machine is faster with it")
     flags = parser.parse_args()
+    precision = {"bf16": True, "use_cpu": not torch.cuda.is_available()} if flags.bf16 else {}
     results: dict[str, list] = {name: [] for name in flags.plans}
     for seed in flags.seeds:
         data = load_text_classification(
             flags.dataset, text_columns=flags.text_column, label_column=flags.label_column, seed=seed
         )
         for name in flags.plans:
+            plan, _, rate = name.partition("@")
+            folder = Path(plan).stem + (f"@{rate}" if rate else "")
             results[name].append(
                 run_plan(
-                    name,
+                    plan,
                     model=flags.model,
                     data=data,
-                    output_dir=Path(flags.output_dir) / Path(flags.dataset).name / f"{Path(name).stem}-{seed}",
+                    output_dir=Path(flags.output_dir) / Path(flags.dataset).name / f"{folder}-{seed}",
                     max_length=flags.max_length,
                     seed=seed,
                     resume=True,
+                    **({"learning_rate": float(rate)} if rate else {}),
+                    **precision,
                     disable_tqdm=not sys.stderr.isatty(),
                 )
             )
@@ -55,18 +63,19 @@ def main() -> None:
 
 def print_table(results: dict[str, list], dataset: str) -> None:
     table = Table(title=f"{dataset}: test split, seeds in the order given")
-    for column in ("plan", "accuracy", "each seed", "F1 macro", "training time", "steps"):
+    for column in ("plan", "validation", "test", "each seed", "F1 macro", "training time", "steps"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, runs in results.items():
         if runs:
             accuracies = [run.metrics["test"]["accuracy"] for run in runs]
             table.add_row(
                 name,
+                f"{statistics.mean(run.metrics['validation']['accuracy'] for run in runs):.4f}",
                 f"{statistics.mean(accuracies):.4f}",
                 " ".join(f"{value:.4f}" for value in accuracies),
                 f"{statistics.mean(run.metrics['test']['f1_macro'] for run in runs):.4f}",
                 f"{statistics.mean(run.seconds for run in runs):.0f} s",
-                f"{sum(phase.steps for phase in runs[0].phases)}",
+                f"{statistics.mean(sum(phase.steps for phase in run.phases) for run in runs):.0f}",
             )
     Console().print(table)
 

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network, and nothing may wait for one
 # One thread: tiny models gain nothing from more, and a process that is forked from one with a pool of threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Plans keep activations in the user's cache; those of the tests go with them.
+os.environ["ULMFIT_TOOLS_CACHE"] = tempfile.mkdtemp(prefix="ulmfit-tools-tests-")
 
 import torch
 
@@ -36,3 +40,8 @@ def pytest_collection_modifyitems(items):
 def real_data() -> Path:
     """The folder with the real datasets."""
     return Path(os.environ.get("ULMFIT_TOOLS_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def pytest_sessionfinish():
+    """Removes what the tests cached."""
+    shutil.rmtree(os.environ["ULMFIT_TOOLS_CACHE"], ignore_errors=True)

@@ -47,7 +47,7 @@ def test_a_plan_with_everything_survives_yaml(tmp_path):
             Phase(name="a", train="head", steps=10, schedule="sgdr", schedule_settings={"cycle_len": 1}),
             Phase(name="b", train=2, epochs=0.5, learning_rate=(1e-5, 1e-3), keep="best"),
             Phase(name="c", train=["head"], until_overfit=UntilOverfit(patience=3, min_delta=0.01, max_epochs=9)),
-            Phase(name="d", factor=2.6, num_groups=3),
+            Phase(name="d", factor=2.6, num_groups=3, learning_rate="previous", precompute=True, note="Last."),
         ],
     )  # fmt: skip
     file = tmp_path / "plan.yml"
@@ -81,7 +81,11 @@ def test_until_overfit_keeps_the_best_checkpoint():
         ({"name": "x", "epochs": 1, "steps": 5}, "epochs and steps exclude each other"),
         ({"name": "x", "epochs": -1}, "positive number. Received: -1"),
         ({"name": "x", "steps": 1.5}, "whole number from 1. Received: 1.5"),
-        ({"name": "x", "learning_rate": "fast"}, "a span .low, high. or auto. Received: 'fast'"),
+        ({"name": "x", "learning_rate": "fast"}, "a span .low, high., auto or previous. Received: 'fast'"),
+        ({"name": "x", "learning_rate": "previus"}, "Did you mean \"previous\""),
+        ({"name": "x", "learning_rate": "previous"}, "the first phase has no phase before it"),
+        ({"name": "x", "precompute": "yes"}, "precompute is true or false. Received: 'yes'"),
+        ({"name": "x", "note": 3}, "note is a text. Received: 3"),
         ({"name": "x", "learning_rate": [1e-3, 1e-5]}, "low must not be above high"),
         ({"name": "x", "learning_rate": [1e-3]}, "two rates"),
         ({"name": "x", "learning_rate": [1e-5, 1e-3], "factor": 2}, "exclude each other"),

@@ -241,6 +241,23 @@ def test_until_overfit_stops_and_resumes_with_the_same_bits(model, data, tmp_pat
         assert same(weights(folder), weights(tmp_path / "first"))
 
 
+def test_under_sgdr_overfitting_is_told_at_the_ends_of_cycles(model, data, tmp_path):
+    losses = iter([5.0, 6.0, 4.0, 7.0, 6.0, 5.0, 4.5])  # 5, 4 and 4.5 at the ends of the cycles of 1, 2 and 4 epochs
+
+    class Script(TrainerCallback):
+        """Puts another loss into the log before anyone reads it there."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "eval_loss" in logs:
+                logs["eval_loss"] = state.log_history[-1]["eval_loss"] = next(losses)
+
+    plan = FineTuningPlan(name="x", phases=[
+        Phase(name="a", until_overfit=UntilOverfit(patience=1, max_epochs=15), schedule="sgdr",
+              schedule_settings={"cycle_len": 1, "cycle_mult": 2})
+    ])  # fmt: skip
+    assert run(plan, model, data, tmp_path / "run", callbacks=[Script()]).phases[0].epochs == 7
+
+
 def test_rates_of_a_phase_reach_the_optimizer(model, data, tmp_path):
     seen = []
 
@@ -324,6 +341,20 @@ def test_auto_rate_is_found_once_recorded_and_used_again_on_resume(model, data, 
     run(plan, model, data, tmp_path / "run", resume=True)
     assert found.stat().st_mtime_ns == written
     assert same(weights(tmp_path / "run"), weights(tmp_path / "first"))
+
+
+def test_previous_is_the_rate_of_the_phase_before_also_when_that_was_found_or_is_done(model, data, tmp_path):
+    plan = FineTuningPlan(name="x", settings={"per_device_train_batch_size": 16}, phases=[
+        Phase(name="found", train="head", epochs=1, learning_rate="auto"),
+        Phase(name="taken", train="head", epochs=1, learning_rate="previous", note="At the same rate."),
+        Phase(name="span", epochs=1, learning_rate=(1e-5, 1e-3)),
+        Phase(name="high", epochs=1, learning_rate="previous"),
+    ])  # fmt: skip
+    with pytest.raises(Stop):
+        run(plan, model, data, tmp_path / "run", callbacks=[StopAt("02-taken", 1)])
+    found, taken, _, high = run(plan, model, data, tmp_path / "run", resume=True).phases
+    assert taken.learning_rate == found.learning_rate != 5e-5  # 5e-5 is the default
+    assert high.learning_rate == 1e-3  # a span's rate is that of its last group
 
 
 def test_phase_whose_checkpoints_are_all_damaged_starts_anew(whole, model, data, tmp_path, caplog):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 
+from ulmfit_tools.data.augmentation import DEFAULT_AUGMENTATION, Augmentation
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.schedules import SCHEDULES, check_schedule
 
@@ -16,6 +17,7 @@ LearningRate = float | tuple[float, float] | str
 
 # What `train` may say in words; a number means that many groups from the top, a list names the groups.
 TRAIN_WORDS = ("all", "head", "top_half", "each")
+RATE_WORDS = ("auto", "previous")
 KEEP_CHOICES = ("last", "best")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -25,7 +27,8 @@ class UntilOverfit:
     """End of a phase by the validation loss: it stops once the loss has turned up.
 
     Args:
-        patience: Evaluations in a row that may pass without a new lowest validation loss.
+        patience: Evaluations in a row that may pass without a new lowest validation loss. Under the schedule `sgdr`,
+            whose restarts raise the loss for a while, the evaluations at the ends of its cycles are counted.
         min_delta: How much lower than the lowest so far a loss must be to count, in units of the loss.
         max_epochs: The phase ends here at the latest. A schedule that needs a length is laid out over it.
     """
@@ -56,12 +59,17 @@ class Phase:
             the training argument `num_train_epochs` says how long.
         until_overfit: Train until the validation loss turns up; the best checkpoint is kept.
         learning_rate: Rate of the last group (the head); a span `(low, high)`: geometric spacing from the first group
-            to the last; or `auto`: what a range test at the start of the phase suggests, with its layers frozen.
+            to the last; `auto`: what a range test at the start of the phase suggests, with its layers frozen; or
+            `previous`: that of the phase before, whatever found it.
         factor: Each group's rate is that of the next one divided by this; 1 is one rate for all.
         num_groups: Merge the layer groups into this many before the rates are laid out.
         schedule: Name of a schedule: one of this package's or of `Trainer`'s own.
         schedule_settings: Settings of that schedule, such as `cycle_len` or `cut_frac`.
         keep: `last` or `best`: the weights that go on to the next phase, best by validation loss.
+        precompute: Compute what leaves the frozen layers once for each row and train from that (`feature_cache`).
+            Frozen layers then run without dropout. Where it cannot be done the phase says so and trains without.
+        augment: Change the training texts on the fly, another way in each epoch; `true` for the default.
+        note: One or more sentences that are logged when the phase begins and kept in the run's record.
 
     Raises:
         InputError: A value is not of the kind named above.
@@ -78,6 +86,9 @@ class Phase:
     schedule: str | None = None
     schedule_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep: str = "last"
+    precompute: bool = False
+    augment: Augmentation | None = None
+    note: str | None = None
 
     def __post_init__(self):
         """Check every field by itself; what depends on the model is checked in `groups_to_train`."""
@@ -90,6 +101,10 @@ class Phase:
         self._check_rates()
         if self.keep not in KEEP_CHOICES:
             raise InputError(f"{self._at('keep')} must be one of {', '.join(KEEP_CHOICES)}. Received: {self.keep!r}")
+        if not isinstance(self.precompute, bool):
+            raise InputError(f"{self._at('precompute')} is true or false. Received: {self.precompute!r}")
+        if not isinstance(self.note, str | None):
+            raise InputError(f"{self._at('note')} is a text. Received: {self.note!r}")
         if self.until_overfit is not None and self.keep != "best":
             object.__setattr__(self, "keep", "best")  # past the turn the last weights are the overfitted ones
         if self.schedule in SCHEDULES:
@@ -141,11 +156,12 @@ class Phase:
             object.__setattr__(self, "learning_rate", (low, high))
             if self.factor is not None:
                 raise InputError(f"{self._at('factor')} and a span of rates exclude each other: give one")
-        elif isinstance(rate, str) and rate != "auto":
+        elif isinstance(rate, str) and rate not in RATE_WORDS:
             raise InputError(
-                f"{self._at('learning_rate')} is a positive number, a span [low, high] or auto. Received: {rate!r}"
+                f"{self._at('learning_rate')} is a positive number, a span [low, high], {' or '.join(RATE_WORDS)}."
+                f"{nearest(rate, RATE_WORDS)} Received: {rate!r}"
             )
-        elif rate is not None and rate != "auto":
+        elif rate is not None and not isinstance(rate, str):
             _check_number(self._at("learning_rate"), rate)
         if self.factor is not None:
             _check_number(self._at("factor"), self.factor)
@@ -188,9 +204,14 @@ class Phase:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or value == {} or (field.name == "keep" and (value == "last" or self.until_overfit)):
+            if (
+                value is None
+                or value is False
+                or value == {}
+                or (field.name == "keep" and (value == "last" or self.until_overfit))
+            ):
                 continue
-            if isinstance(value, UntilOverfit):
+            if isinstance(value, (UntilOverfit, Augmentation)):
                 value = dataclasses.asdict(value)
             values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
@@ -215,6 +236,12 @@ class Phase:
         elif until is not None:
             check_keys(until, [field.name for field in dataclasses.fields(UntilOverfit)], what="until_overfit")
             values["until_overfit"] = UntilOverfit(**until)
+        augment = values.get("augment")
+        if isinstance(augment, bool):
+            values["augment"] = DEFAULT_AUGMENTATION if augment else None
+        elif augment is not None:
+            check_keys(augment, [field.name for field in dataclasses.fields(Augmentation)], what="augment")
+            values["augment"] = Augmentation(**augment)
         settings = values.get("schedule_settings")
         if settings is not None and not isinstance(settings, dict):
             raise InputError(f"Phase '{values['name']}': schedule_settings must be a mapping. Received: {settings!r}")

@@ -41,6 +41,9 @@ class FineTuningPlan:
         if twice:
             raise InputError(f"Plan '{self.name}': phase names must differ. Received twice: {', '.join(twice)}")
 
+        if self.phases[0].learning_rate == "previous":
+            raise InputError(f"Plan '{self.name}': the first phase has no phase before it, so no 'previous' rate")
+
     def expand(self, group_names: Sequence[str]) -> list[Phase]:
         """The phases for a model whose layer groups have these names; a phase over `each` becomes several."""
         phases = [one for phase in self.phases for one in phase.expand(group_names)]

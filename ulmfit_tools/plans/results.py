@@ -19,6 +19,7 @@ class PhaseResult:
         steps: Optimizer steps trained.
         seconds: Wall time, summed over interruptions.
         metrics: Validation metrics of the weights that the phase handed on, without the `eval_` prefix.
+        precomputed: What was precomputed (`feature_cache.CacheReport`); None where the phase ran through all layers.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PhaseResult:
     steps: int
     seconds: float
     metrics: dict[str, float]
+    precomputed: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def phase_arguments(
     if isinstance(phase.learning_rate, tuple):
         low, high = phase.learning_rate
         changes |= {"learning_rate_low": low, "group_learning_rates": None, "learning_rate": high}
-    elif phase.learning_rate not in (None, "auto"):
+    elif phase.learning_rate is not None and not isinstance(phase.learning_rate, str):
         changes |= {"learning_rate_low": None, "group_learning_rates": None, "learning_rate": phase.learning_rate}
     if isinstance(phase.learning_rate, tuple) or phase.factor is not None:
         changes["discriminative_factor"] = phase.factor

@@ -1,0 +1,40 @@
+"""Rows that know their own number, for collators that look something up by it."""
+
+import inspect
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+ROW = "row_number"
+
+
+class NumberedRows(Dataset):
+    """The rows of any dataset, each a mapping, with their numbers from `first` on."""
+
+    def __init__(self, rows: Any, first: int = 0) -> None:
+        self.rows, self.first = rows, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {**self.rows[row], ROW: self.first + row}
+
+
+def numbered(rows: Any, first: int = 0) -> Any:
+    """The rows with a column `ROW`: the numbers from `first` on."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.add_column(ROW, np.arange(first, first + len(rows)))
+    return NumberedRows(rows, first)
+
+
+def used_columns(rows: Any, trainer: Trainer) -> Any:
+    """The rows without the columns that a trainer with `remove_unused_columns` would take away."""
+    if not isinstance(rows, datasets.Dataset) or not trainer.args.remove_unused_columns:
+        return rows
+    model: Any = trainer.model
+    read = {*inspect.signature(model.forward).parameters, *trainer.label_names, "label", "label_ids"}
+    return rows.remove_columns([name for name in rows.column_names if name not in read])

@@ -1,0 +1,227 @@
+"""Training from precomputed activations: the frozen layers run once for each row, not once an epoch.
+
+fast.ai's `precompute=True`, for any architecture whose blocks form a chain. `freeze_boundary` says how the rest of the
+model runs, `frozen_pass` computes, and `activation_store` keeps the files. Frozen layers run without dropout.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ulmfit_tools.activation_store import DTYPES, Entry
+from ulmfit_tools.data.numbered_rows import ROW, numbered
+from ulmfit_tools.errors import InputError, nearest
+from ulmfit_tools.freeze_boundary import CannotPrecompute, find_boundary, in_batch, one_token, padded
+from ulmfit_tools.frozen_pass import CacheReport, FrozenPass, Source, slices
+
+__all__ = ["CacheReport", "CannotPrecompute", "activation_cache", "precomputed"]
+
+logger = logging.get_logger(__name__)
+
+ACTIVATIONS = "cached_activations"  # what a batch carries beside the model's inputs and its rows' numbers
+
+
+@contextmanager
+def precomputed(
+    trainer: Trainer,
+    *,
+    cache_dir: str | Path,
+    dtype: str = "auto",
+    to_come: Sequence[Collection[str]] = (),
+) -> Iterator[CacheReport]:
+    """Train and evaluate from the activations that leave the frozen layers, computed once and kept on disk.
+
+    Inside, the trainer's datasets and collator are replaced and the frozen layers stand still; at the end all is as it
+    was. With dropout off, losses, gradients and weights are those of the training without, but for the order of
+    additions in batches that are padded otherwise; with dropout on, the frozen layers run without it. The rows come in
+    the same order. When layers of the frozen part are thawed in the middle, or a checkpoint with other weights is
+    loaded, training goes on through the layers.
+
+    Args:
+        trainer: A `Trainer` with some blocks frozen from the input up. Several processes (DDP) share the work.
+        cache_dir: The folder of the cache. What is there for the same weights, rows and settings is used.
+        dtype: "float32", "float16", "bfloat16", or "auto": as the layers give them, which loses nothing.
+        to_come: For trainings that follow, and until then leave those layers alone that are frozen in them: the names
+            of the parameters that train. Their activations are kept from the same pass where the disk has room.
+
+    Yields:
+        What was done.
+
+    Raises:
+        CannotPrecompute: The activations cannot stand in for the frozen layers; the message says why.
+        InputError: The dtype is unknown or the disk has no room.
+    """
+    if dtype not in (*DTYPES, "auto"):
+        raise InputError(f"dtype is one of auto, {', '.join(DTYPES)}.{nearest(dtype, DTYPES)} Received: {dtype!r}")
+    _check_trainer(trainer)
+    model: Any = trainer.model
+    before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator, trainer.args.remove_unused_columns
+    evaluated = before[1] if isinstance(before[1], dict) else {None: before[1]}
+    given = [data for data in (before[0], *evaluated.values()) if data is not None]
+    sources = [Source(data, trainer) for data in given]
+    frozen_pass = FrozenPass(trainer, find_boundary(model), sources, Path(cache_dir))
+    report = frozen_pass.make(dtype, [find_boundary(model, trainable) for trainable in to_come])
+    collator = _Collator(sources, frozen_pass.entries, frozen_pass.form)
+    rows = {id(data): collator.rows(number) for number, data in enumerate(given)}
+    swapped = {name: rows.get(id(data)) for name, data in evaluated.items()}
+    keeper = _Keeper(frozen_pass, collator)
+    hook = model.register_forward_pre_hook(keeper.hand_over, with_kwargs=True)
+    try:
+        trainer.train_dataset = rows[id(before[0])]
+        trainer.eval_dataset = swapped if isinstance(before[1], dict) else swapped[None]
+        trainer.data_collator = collator
+        trainer.args.remove_unused_columns = False  # the rows have been rid of them
+        trainer.add_callback(keeper)
+        frozen_pass.replay.install()
+        yield report
+    finally:
+        hook.remove()
+        frozen_pass.replay.remove()
+        trainer.remove_callback(keeper)
+        trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = before[:3]
+        trainer.args.remove_unused_columns = before[3]
+
+
+def activation_cache() -> Path:
+    """The folder that plans keep activations in: `$ULMFIT_TOOLS_CACHE`, else `ulmfit_tools` in the user's cache."""
+    own = os.environ.get("ULMFIT_TOOLS_CACHE")
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ulmfit_tools"
+    return Path(own or shared) / "activations"
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.n_gpu > 1:
+        raise CannotPrecompute("Activations are precomputed in one process or with DDP, one GPU for each process")
+    if trainer.args.torch_compile:
+        raise CannotPrecompute("A compiled model does not run from activations: leave torch_compile out")
+    if trainer.train_dataset is None or not has_length(trainer.train_dataset):
+        raise CannotPrecompute("Activations are kept by row, so the training data needs numbered rows and a length")
+    if getattr(trainer.data_collator, "augments", False):
+        raise CannotPrecompute("The text is augmented, another one in each epoch, and so are its activations")
+
+
+class _Collator:
+    """Batches for the replay: the model's inputs with the rows' activations, and the rows' numbers.
+
+    Args:
+        sources: The datasets.
+        entries: The activations of each.
+        form: "vector": batches have one token a row, the one that is read; "sequence": all of them.
+    """
+
+    def __init__(self, sources: Sequence[Source], entries: Sequence[Entry], form: str) -> None:
+        self.sources = sources
+        self.entries = entries
+        self.replays = True
+        self._first_rows = np.cumsum([0, *map(len, sources)])
+        self._batches = (
+            [_read_tokens(*pair) for pair in zip(sources, entries, strict=True)] if form == "vector" else []
+        )
+
+    def rows(self, number: int) -> Any:
+        """A dataset in the place of the source of this number, whose rows know their own."""
+        source, first = self.sources[number], int(self._first_rows[number])
+        if self._batches:
+            return _RowNumbers(first, source.lengths, source.counted)
+        return numbered(source.rows, first)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of rows of one source."""
+        numbers = torch.tensor([feature[ROW] for feature in features])
+        if not self.replays:
+            return self.own_batch(numbers)
+        place, rows = self._find(numbers)
+        activations = self.entries[place].fetch(rows.numpy())
+        if self._batches:
+            batch = {name: values[rows] for name, values in self._batches[place].items()}
+            return {**batch, ROW: numbers, ACTIVATIONS: activations[:, None]}
+        batch = self.sources[place].collate([{k: v for k, v in row.items() if k != ROW} for row in features])
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        return {**batch, ROW: numbers, ACTIVATIONS: padded(activations, mask)}
+
+    def own_batch(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The batch as it would be without the cache."""
+        place, rows = self._find(numbers)
+        return self.sources[place].batch(rows.tolist())
+
+    def _find(self, numbers: torch.Tensor) -> tuple[int, torch.Tensor]:
+        place = int(np.searchsorted(self._first_rows, int(numbers[0]), side="right")) - 1
+        return place, numbers - int(self._first_rows[place])
+
+
+def _read_tokens(source: Source, entry: Entry) -> dict[str, torch.Tensor]:
+    """For all rows of a source, the token that is read and the labels; by name, first dimension the rows."""
+    parts: list[dict[str, torch.Tensor]] = []
+    for rows in slices(np.arange(len(source)), 1000):
+        batch = source.batch(rows)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        places = in_batch(entry.positions[rows], mask)
+        labels = {name: values for name, values in batch.items() if name in source.label_names}
+        parts.append(one_token(batch, places) | labels)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class _RowNumbers(Dataset):
+    """Numbers in the place of rows; what samplers count in a row has its length and nothing else."""
+
+    def __init__(self, first: int, lengths: np.ndarray, counted: str) -> None:
+        self.first, self.lengths, self.counted = first, lengths.tolist(), counted
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {self.counted: range(self.lengths[row]), ROW: self.first + row}
+
+
+class _Keeper(TrainerCallback):
+    """Hands the activations of a batch to the replay, and ends the replay when the frozen layers move."""
+
+    def __init__(self, frozen_pass: FrozenPass, collator: _Collator) -> None:
+        self._pass = frozen_pass
+        self._collator = collator
+        parameters = frozen_pass.model.named_parameters()
+        self._frozen = [parameter for name, parameter in parameters if frozen_pass.boundary.holds(name)]
+        self._key = frozen_pass.weights_key(frozen_pass.boundary)
+
+    def hand_over(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the model's forward: takes out of the batch what is not the model's."""
+        activations, numbers = kwargs.pop(ACTIVATIONS, None), kwargs.pop(ROW, None)
+        if self._collator.replays:
+            if activations is None:
+                raise CannotPrecompute("A batch without activations came to a model whose frozen layers stand still")
+            self._pass.replay.activations = activations
+        elif activations is not None:  # it was collated before the replay ended
+            own = self._collator.own_batch(numbers.cpu())
+            kwargs |= {name: own[name].to(numbers.device) for name in own.keys() & kwargs.keys()}
+        return args, kwargs
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks whether a checkpoint brought other weights for the frozen layers."""
+        now = FrozenPass(self._pass.trainer, self._pass.boundary, [], self._pass.cache_dir)
+        if now.weights_key(self._pass.boundary) != self._key:
+            self._drop("The checkpoint has other weights in the frozen layers")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks whether a layer of the frozen part trains now."""
+        if self._collator.replays and any(parameter.requires_grad for parameter in self._frozen):
+            self._drop("Layers of the frozen part were thawed")
+
+    def _drop(self, why: str) -> None:
+        logger.warning(f"{why}: training goes on through the layers, without precomputed activations.")
+        self._collator.replays = False
+        self._pass.replay.remove()

@@ -1,0 +1,422 @@
+"""The one pass over the frozen layers: which rows, in which form, from which weights, and into which entries."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, __version__
+
+from ulmfit_tools.activation_store import Entry, build, check_room, content_key, locked
+from ulmfit_tools.data.numbered_rows import used_columns
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.freeze_boundary import (
+    Boundary,
+    CannotPrecompute,
+    Enough,
+    Replay,
+    capturing,
+    check_replay,
+    in_batch,
+    in_eval_mode,
+    in_row,
+    logits_of,
+    one_token,
+    padded,
+    read_positions,
+    relative_error,
+)
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+_TOKENS_AT_ONCE = 8192  # that go through the frozen layers together: enough to keep any device busy
+_PROBE_ROWS = 8
+_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class Source:
+    """A dataset as the model sees it: its rows, collated.
+
+    Args:
+        dataset: The rows.
+        trainer: Whose collator, labels and model they are for.
+    """
+
+    def __init__(self, dataset: Any, trainer: Trainer) -> None:
+        self.collate: Callable[[list[Any]], Any] = trainer.data_collator
+        self.label_names = set(trainer.label_names)
+        self.counted = getattr(trainer.processing_class, "model_input_names", ["input_ids"])[0]
+        self.rows = used_columns(dataset, trainer)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The collated batch of some rows."""
+        return dict(self.collate([self.rows[int(row)] for row in rows]))
+
+    def inputs(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The model's inputs of some rows: without labels, with an attention mask.
+
+        Raises:
+            CannotPrecompute: The batches have no `input_ids` of the shape (rows, tokens).
+        """
+        batch = {name: value for name, value in self.batch(rows).items() if name not in self.label_names}
+        if not isinstance(batch.get("input_ids"), torch.Tensor) or batch["input_ids"].dim() != 2:
+            raise CannotPrecompute("The batches have no input_ids of the shape (rows, tokens)")
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        return batch
+
+    @functools.cached_property
+    def _read(self) -> tuple[np.ndarray, str]:
+        lengths, digests = [], []
+        for rows in slices(np.arange(len(self)), 1000):
+            batch = self.inputs(rows)
+            mask = batch["attention_mask"].bool()
+            lengths.append(mask.sum(1).numpy().astype(np.int32))
+            kept = {name: value[mask] if value.shape[:2] == mask.shape else value for name, value in batch.items()}
+            digests.append(content_key(*(part for item in sorted(kept.items()) for part in item)))
+        return np.concatenate(lengths), content_key(digests)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens each row has, by its attention mask; shape (rows,)."""
+        return self._read[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """What the rows' inputs are, padding and labels aside."""
+        return f"{self._read[1]} {content_key(self.lengths)}"
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """The rows from the longest to the shortest."""
+        return np.argsort(-self.lengths, kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheReport:
+    """What was precomputed.
+
+    Args:
+        boundary: The name of the last frozen block.
+        form: "vector" (one vector a row: all that the head reads) or "sequence" (one for each token).
+        dtype: The type in which they are stored.
+        error: The largest error of the logits that this type makes, as a share of the largest logit; on a few rows.
+        nbytes: Size on disk.
+        seconds: Wall time of the pass; 0 where all was found.
+        reused: Whether all was found.
+        break_even_epochs: After how many epochs of training the pass pays, by the time of a step of either kind.
+    """
+
+    boundary: str
+    form: str
+    dtype: str
+    error: float
+    nbytes: int
+    seconds: float
+    reused: bool
+    break_even_epochs: float
+
+
+class FrozenPass:
+    """Finds or makes the activations of some datasets at the boundary of a trainer's model.
+
+    Args:
+        trainer: The trainer.
+        boundary: Its model's boundary.
+        sources: Its datasets, the training rows first.
+        cache_dir: The folder of the cache.
+
+    Attributes:
+        form: "vector" or "sequence"; settled by `make`.
+        entries: One for each source; complete after `make`.
+        replay: What runs the model from them.
+    """
+
+    def __init__(self, trainer: Trainer, boundary: Boundary, sources: Sequence[Source], cache_dir: Path) -> None:
+        assert isinstance(trainer.model, nn.Module)
+        self.trainer = trainer
+        self.args = trainer.args
+        self.accelerator = trainer.accelerator
+        self.model = trainer.model
+        self.boundary = boundary
+        self.sources = sources
+        self.cache_dir = cache_dir
+        self.replay = Replay(self.model, boundary)
+        self.form = "sequence"
+        self.entries: list[Entry] = []
+        self._digests: dict[str, str] = {}  # of the frozen tensors; they do not change while this is used
+
+    def weights_key(self, boundary: Boundary) -> str:
+        """What the layers up to a boundary are: weights, buffers, configuration, precision, versions."""
+        tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
+        for name, tensor in tensors:
+            if boundary.holds(name) and name not in self._digests:
+                self._digests[name] = content_key(tensor)
+        frozen = {name: digest for name, digest in self._digests.items() if boundary.holds(name)}
+        config: Any = getattr(self.model, "config", None)
+        described = {} if config is None else config.to_dict()
+        kept = {key: value for key, value in described.items() if key not in ("id2label", "label2id", "_name_or_path")}
+        setting = [kept, self.args.bf16, self.args.fp16, self.args.device.type, torch.__version__, __version__]
+        return content_key(type(self.model).__name__, setting, frozen)
+
+    def make(self, dtype: str, to_come: Sequence[Boundary]) -> CacheReport:
+        """Settle the form, check it, tell the size and the cost, and compute what is not there."""
+        source = self.sources[0]
+        rows = source.order[np.linspace(0, len(source) - 1, min(_PROBE_ROWS, len(source))).astype(int)]
+        if any(not _equal(source.inputs(rows), source.inputs(rows)) for _ in range(3)):
+            raise CannotPrecompute("The collator gives another batch for the same rows each time, so nothing is kept")
+        self._settle_form(source, rows)
+        vectors, at = self._vectors(source, rows, [self.boundary])[0]
+        dtype = _DTYPE_NAMES.get(vectors[0].dtype, "float32") if dtype == "auto" else dtype
+        error = self._storage_error(source, rows, vectors, at, dtype)
+        width = vectors[0].shape[-1]
+        self.entries = [self._entry(self.boundary, source, self.form, width, dtype) for source in self.sources]
+        nbytes = sum(entry.nbytes for entry in self.entries)
+        reused = all(entry.is_complete for entry in self.entries)
+        even = self._break_even(source)
+        size = f"{nbytes / 2**20:,.1f} MiB of {dtype} ({self.form}s)"
+        if reused:
+            self._say(f"What leaves {self.boundary.path} is there already: {size}")
+        else:
+            inexact = f", which moves the logits by {error:.1e} of the largest" if error else ""
+            self._say(
+                f"Precomputing what leaves {self.boundary.path} for {sum(map(len, self.sources)):,} rows: "
+                f"{size}{inexact}; pays after {even:.1f} epochs"
+            )
+        start = time.perf_counter()
+        if not reused:
+            self._build(to_come)
+        seconds = 0.0 if reused else round(time.perf_counter() - start, 2)
+        return CacheReport(
+            boundary=self.boundary.path,
+            form=self.form,
+            dtype=dtype,
+            error=error,
+            nbytes=nbytes,
+            seconds=seconds,
+            reused=reused,
+            break_even_epochs=round(even, 2),
+        )
+
+    def _entry(self, boundary: Boundary, source: Source, form: str, width: int, dtype: str) -> Entry:
+        key = content_key(self.weights_key(boundary), source.fingerprint, form, dtype)
+        lengths = np.ones(len(source), dtype=np.int32) if form == "vector" else source.lengths
+        return Entry(self.cache_dir / key, lengths, width, dtype, has_positions=form == "vector")
+
+    # Trying it on a few rows
+
+    def _settle_form(self, source: Source, rows: np.ndarray) -> None:
+        """Find the smallest form from which the layers above give the same numbers; in full precision.
+
+        Raises:
+            CannotPrecompute: None does.
+        """
+        together = self._to_device(source.inputs(rows))
+        with in_eval_mode(self.model):
+            hidden = self.replay.learn(together)
+            if hidden.shape[:2] != together["input_ids"].shape:
+                raise CannotPrecompute(f"{self.boundary.path} does not put out one vector for each token")
+            # The activations come from batches of other rows, padded otherwise, as they do in training.
+            vectors: list[Any] = [None] * len(rows)
+            for part in (slice(0, None, 2), slice(1, None, 2)):
+                if len(rows[part]):
+                    vectors[part] = self._vectors(source, rows[part], [self.boundary], autocast=False)[0][0]
+            _, positions = read_positions(self.model, self.boundary, together)
+        if positions is not None:
+            at = in_row(positions, together["attention_mask"])
+            ones = torch.stack([vector[i] for vector, i in zip(vectors, at, strict=True)])[:, None]
+            try:
+                check_replay(self.replay, together, ones, one_token(together, positions))
+                self.form = "vector"
+                return
+            except CannotPrecompute:
+                pass  # it reads more of the batch than that token
+        check_replay(self.replay, together, padded(torch.cat(vectors), together["attention_mask"]))
+
+    def _storage_error(
+        self, source: Source, rows: np.ndarray, vectors: list[torch.Tensor], at: list[int], dtype: str
+    ) -> float:
+        """How far the logits of a few rows move when their activations are stored in a type."""
+        stored = getattr(torch, dtype)
+        if stored == vectors[0].dtype:
+            return 0.0
+        inputs = self._to_device(source.inputs(rows))
+        if self.form == "vector":
+            inputs = one_token(inputs, in_batch(at, inputs["attention_mask"]))
+        mask = inputs["attention_mask"]
+        logits = []
+        with in_eval_mode(self.model), torch.no_grad(), self.accelerator.autocast(), self.replay.installed():
+            for values in (torch.cat(vectors), torch.cat(vectors).to(stored).to(vectors[0].dtype)):
+                self.replay.activations = padded(values, mask)
+                logits.append(logits_of(self.model(**inputs)))
+        return relative_error(logits[1], logits[0])
+
+    def _break_even(self, source: Source) -> float:
+        """Epochs until the pass has paid: its time over what an epoch saves, from a batch of middling rows."""
+        size = min(self.args.train_batch_size, len(source))
+        middle = source.order[(len(source) - size) // 2 :][:size]
+        inputs = self._to_device(source.inputs(middle))
+        with in_eval_mode(self.model), self.accelerator.autocast():
+            forward = _seconds(lambda: self._vectors(source, middle, [self.boundary]))
+            plain = _seconds(lambda: self._step(inputs))
+            vectors, at = self._vectors(source, middle, [self.boundary])[0]
+            if self.form == "vector":
+                inputs = one_token(inputs, in_batch(at, inputs["attention_mask"]))
+            with self.replay.installed():
+                self.replay.activations = padded(torch.cat(vectors), inputs["attention_mask"])
+                ours = _seconds(lambda: self._step(inputs))
+        rows = sum(map(len, self.sources))
+        return forward * rows / (max(plain - ours, 1e-6) * len(source))
+
+    def _step(self, inputs: Batch) -> None:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(logits_of(self.model(**inputs)).sum(), trained, allow_unused=True)
+
+    # The pass
+
+    def _build(self, to_come: Sequence[Boundary]) -> None:
+        """Compute the entries, and in the same pass those of the boundaries to come where the disk has room."""
+        width, dtype = self.entries[0].width, self.entries[0].dtype
+        wanted = [[(self.boundary, entry)] for entry in self.entries]
+        room = sum(entry.nbytes for entry in self.entries if not entry.is_complete)
+        check_room(self.cache_dir, room)
+        for boundary in {one.path: one for one in to_come if one.path != self.boundary.path}.values():
+            more = [self._entry(boundary, source, "sequence", width, dtype) for source in self.sources]
+            size = sum(entry.nbytes for entry in more)
+            try:
+                check_room(self.cache_dir, room + size)
+            except InputError:
+                self._say(f"What leaves {boundary.path} is left for later: no room for {size / 2**20:,.1f} MiB beside")
+                continue
+            room += size
+            self._say(f"The same pass keeps what leaves {boundary.path} for a later phase: {size / 2**20:,.1f} MiB")
+            for pairs, entry in zip(wanted, more, strict=True):
+                pairs.append((boundary, entry))
+        for source, pairs in zip(self.sources, wanted, strict=True):
+            first = pairs[0][1].folder
+            with locked(first, self._say) if self.args.process_index == 0 else nullcontext():
+                self._build_entries(source, [pair for pair in pairs if not pair[1].is_complete])
+
+    def _build_entries(self, source: Source, pairs: list[tuple[Boundary, Entry]]) -> None:
+        if self.args.process_index == 0:
+            for _, entry in pairs:
+                entry.prepare()
+        self.accelerator.wait_for_everyone()
+        boundaries, entries = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        lower = self._find_lower(source, pairs) if pairs else None
+
+        def compute(rows: np.ndarray) -> list[tuple[list[torch.Tensor], list[int]]]:
+            found: list[tuple[list[torch.Tensor], list[int]]] = [([], []) for _ in entries]
+            size = max(1, _TOKENS_AT_ONCE // max(1, int(source.lengths[rows].max())))
+            for some in slices(rows, size):
+                results = self._vectors(source, some, boundaries, lower=lower)
+                for (vectors, at), (kept, positions) in zip(results, found, strict=True):
+                    kept += vectors
+                    positions += at
+            return found
+
+        hidden = self.args.disable_tqdm or self.args.process_index > 0
+        with tqdm(desc="Precomputing", unit="part", disable=hidden) as bar:
+
+            def show(done: int, parts: int) -> None:
+                bar.total = parts
+                bar.update(done - bar.n)
+
+            rank, world, wait = self.args.process_index, self.args.world_size, self.accelerator.wait_for_everyone
+            build(entries, source.order, compute, rank=rank, world_size=world, barrier=wait, on_part=show)
+
+    def _find_lower(self, source: Source, pairs: list[tuple[Boundary, Entry]]) -> tuple[Boundary, Entry] | None:
+        """The highest boundary below the ones to be made whose activations are there: the pass can begin at it."""
+        lowest = min((boundary for boundary, _ in pairs), key=lambda boundary: len(boundary.blocks))
+        for count in range(len(lowest.blocks) - 1, 0, -1):
+            below = lowest.cut(count)
+            entry = self._entry(below, source, "sequence", pairs[0][1].width, pairs[0][1].dtype)
+            if entry.is_complete:
+                self._say(f"The pass begins at what leaves {below.path}, which is there")
+                return below, entry
+        return None
+
+    def _vectors(
+        self,
+        source: Source,
+        rows: np.ndarray,
+        boundaries: Sequence[Boundary],
+        *,
+        lower: tuple[Boundary, Entry] | None = None,
+        autocast: bool = True,
+    ) -> list[tuple[list[torch.Tensor], list[int]]]:
+        """What leaves each boundary for some rows: for each row a tensor of the shape (its tokens, width).
+
+        In the vector form it is, for this pass's own boundary, one vector a row, with its position among the tokens.
+        """
+        inputs = self._to_device(source.inputs(rows))
+        mask = inputs["attention_mask"].bool()
+        ours = [boundary.path == self.boundary.path and self.form == "vector" for boundary in boundaries]
+        replay = None if lower is None else Replay(self.model, lower[0], self.replay.lengths)
+        highest = max(boundaries, key=lambda boundary: len(boundary.blocks)).path
+        last = highest if self.replay.calls[highest] == 1 else None
+        with (
+            in_eval_mode(self.model),
+            torch.no_grad(),
+            self.accelerator.autocast() if autocast else nullcontext(),
+            replay.installed() if replay else nullcontext(),
+            capturing(self.model, [b.path for b in boundaries], last=None if any(ours) else last) as captured,
+            suppress(Enough),
+        ):
+            if replay is not None and lower is not None:
+                replay.activations = padded(lower[1].fetch(rows).to(mask.device), mask)
+            if any(ours):
+                hidden, positions = read_positions(self.model, self.boundary, inputs)
+            else:
+                self.model(**inputs)
+        results: list[tuple[list[torch.Tensor], list[int]]] = []
+        for boundary, is_ours in zip(boundaries, ours, strict=True):
+            if not is_ours:
+                tokens = zip(captured[boundary.path], mask, strict=True)
+                results.append(([row[kept] for row, kept in tokens], []))
+            elif positions is None:
+                raise CannotPrecompute("The head reads one position of some rows, and none or several of others")
+            else:
+                vectors = hidden.gather(1, positions[:, None, None].expand(-1, 1, hidden.shape[-1]))
+                results.append((list(vectors), in_row(positions, mask)))
+        return results
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.args.device) for name, value in batch.items()}
+
+    def _say(self, line: str) -> None:
+        if self.args.process_index == 0:
+            logger.warning(line)
+
+
+def slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The rows, so many at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _equal(one: Batch, other: Batch) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Wall time of the second of two runs: the first one allocates."""
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds

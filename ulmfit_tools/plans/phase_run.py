@@ -1,0 +1,220 @@
+"""Running one phase of a plan: its trainer, its training from the last good checkpoint, and what it leaves behind."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+from ulmfit_tools.callbacks import StopWhenOverfit
+from ulmfit_tools.checkpoints import NoGoodCheckpoint, clean_up, delete_folder, list_checkpoints, whole_folder
+from ulmfit_tools.data.augmentation import augmented
+from ulmfit_tools.errors import InputError
+from ulmfit_tools.evaluations import Cycles
+from ulmfit_tools.feature_cache import CacheReport, activation_cache, precomputed
+from ulmfit_tools.freezing import set_trainable, trainable_names
+from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.lr_range import find_learning_rate, set_learning_rate
+from ulmfit_tools.plans.phase import Phase
+from ulmfit_tools.plans.record import RunFolder
+from ulmfit_tools.plans.results import PhaseResult, clean_metrics
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Job:
+    """What every phase of a run needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: Any
+    folder: RunFolder
+    phases: list[Phase]
+    phase_args: list[ULMFiTTrainingArguments]
+    compute_metrics: Callable
+    callbacks: Sequence[TrainerCallback]
+
+
+def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
+    """A trainer for one phase: its groups trainable, its rates and length in the arguments."""
+    phase, args = job.phases[index], job.phase_args[index]
+    groups = layer_groups(job.model)
+    set_trainable(job.model, groups, phase.groups_to_train(groups.names))
+    callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
+    if phase.until_overfit is not None:
+        until = phase.until_overfit
+        cycles = _cycles(phase) if phase.schedule == "sgdr" else None
+        callbacks.append(StopWhenOverfit(patience=until.patience, min_delta=until.min_delta, cycles=cycles))
+    return ULMFiTTrainer(
+        model=job.model,
+        args=args,
+        train_dataset=job.splits["train"],
+        eval_dataset=job.splits.get("validation"),
+        processing_class=job.tokenizer,
+        data_collator=DataCollatorWithPadding(job.tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
+        compute_metrics=job.compute_metrics,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_of_arguments(args, trainable_only=True),
+    )
+
+
+def _cycles(phase: Phase) -> Cycles:
+    """The cycles of a phase on SGDR; its settings are those of `schedules.get_schedule`."""
+    settings = phase.schedule_settings
+    mult = settings.get("cycle_mult", 1)
+    if "cycle_steps" in settings:
+        return Cycles(length=settings["cycle_steps"], mult=mult, unit="step")
+    return Cycles(length=settings.get("cycle_len", 1), mult=mult)
+
+
+def run_phase(job: Job, index: int, trainer: ULMFiTTrainer, before: PhaseResult | None) -> PhaseResult:
+    """Train one phase, from its last good checkpoint where there is one, and record it.
+
+    Args:
+        job: The run.
+        index: The phase's 0-based place.
+        trainer: Its trainer, with the weights from which the phase starts.
+        before: The result of the phase before; None for the first.
+    """
+    phase = job.phases[index]
+    here = job.folder.phase_folder(index, phase.name)
+    with ExitStack() as stack:
+        if phase.augment is not None:
+            stack.enter_context(augmented(trainer, phase.augment, job.tokenizer))
+        report = _precompute(job, index, trainer, stack) if phase.precompute else None
+        _settle_rate(phase, trainer, here, before)
+        _train(phase, trainer, here)
+        metrics = _kept_metrics(trainer)
+    clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _PhaseClock))
+    result = PhaseResult(
+        name=phase.name,
+        trains=trains(job, phase)[0],
+        learning_rate=_rate(trainer.args),
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        steps=trainer.state.global_step,
+        seconds=round(clock.seconds(), 1),
+        metrics=metrics,
+        precomputed=None if report is None else dataclasses.asdict(report),
+    )
+    if trainer.args.should_save:
+        with whole_folder(here / "model") as staging:
+            trainer.save_model(str(staging))
+        trainer.save_state()
+        values = dataclasses.asdict(result)
+        job.folder.write_phase_state(
+            index, phase.name, {"status": "done", "seconds": result.seconds, "result": values}
+        )
+        _tidy(job, index)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _precompute(job: Job, index: int, trainer: ULMFiTTrainer, stack: ExitStack) -> CacheReport | None:
+    """Have the trainer train from activations until the stack is closed; None, said aloud, where it cannot."""
+    names = layer_groups(job.model).names
+    lowest = [min(phase.groups_to_train(names)) for phase in job.phases]
+    # What is frozen in a phase to come is the same as now where no phase until then trains below it.
+    coming = [
+        later
+        for later in range(index + 1, len(job.phases))
+        if job.phases[later].precompute and min(lowest[index:later]) >= lowest[later]
+    ]
+    groups = layer_groups(job.model)
+    to_come = [trainable_names(job.model, groups, job.phases[later].groups_to_train(names)) for later in coming]
+    try:
+        return stack.enter_context(precomputed(trainer, cache_dir=activation_cache(), to_come=to_come))
+    except InputError as why:
+        logger.warning(f"Phase '{job.phases[index].name}' trains without precomputed activations. {why}")
+        return None
+
+
+def _train(phase: Phase, trainer: ULMFiTTrainer, here: Path) -> None:
+    """Train to the end, from the last good checkpoint where there is one."""
+    if trainer.is_world_process_zero():
+        clean_up(here)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=bool(list_checkpoints(here)))
+    except NoGoodCheckpoint as none_left:
+        logger.warning(f"Phase '{phase.name}' starts anew from the weights of the phase before. {none_left}")
+        trainer.train()
+
+
+def _settle_rate(phase: Phase, trainer: ULMFiTTrainer, here: Path, before: PhaseResult | None) -> None:
+    """Give the trainer the rate that a phase names by a word."""
+    if phase.learning_rate == "auto":
+        find_learning_rate(trainer, here / "lr_range.json")  # kept there: a resumed phase reads it
+    elif phase.learning_rate == "previous" and before is not None:
+        rate = before.learning_rate
+        set_learning_rate(trainer.args, rate[-1] if isinstance(rate, (list, tuple)) else rate)
+    else:
+        return
+    trainer.optimizer_cls_and_kwargs = optimizer_of_arguments(trainer.args, trainable_only=True)
+
+
+def _rate(args: ULMFiTTrainingArguments) -> Any:
+    return args.learning_rate if args.learning_rate_low is None else (args.learning_rate_low, args.learning_rate)
+
+
+def _kept_metrics(trainer: ULMFiTTrainer) -> dict[str, float]:
+    """Validation metrics of the weights that go on: those logged at their step, evaluated now where there are none."""
+    if trainer.eval_dataset is None:
+        return {}
+    best = trainer.args.load_best_model_at_end
+    step = trainer.state.best_global_step if best else trainer.state.global_step
+    logged = [entry for entry in trainer.state.log_history if entry.get("step") == step and "eval_loss" in entry]
+    return clean_metrics(logged[-1] if logged else trainer.evaluate())
+
+
+def _tidy(job: Job, index: int) -> None:
+    """Remove what this phase's result makes needless: its checkpoints, and the weights that it started from."""
+    done = job.folder.phase_folder(index, job.phases[index].name)
+    for checkpoint in list_checkpoints(done):
+        delete_folder(checkpoint)
+    if index > 0:
+        before = job.folder.phase_folder(index - 1, job.phases[index - 1].name)
+        if (before / "model").is_dir():
+            delete_folder(before / "model")
+
+
+def trains(job: Job, phase: Phase) -> tuple[tuple[str, ...], str]:
+    """The names of the layer groups that a phase trains, and the same for people."""
+    names = layer_groups(job.model).names
+    trained = tuple(names[i] for i in phase.groups_to_train(names))
+    if len(trained) == len(names):
+        return trained, f"all {len(names)} layer groups"
+    if len(trained) < 4:
+        return trained, ", ".join(trained)
+    return trained, f"{trained[0]} to {trained[-1]} ({len(trained)} groups)"
+
+
+def release(trainer: ULMFiTTrainer) -> None:
+    """Undo what Accelerate wrapped around the model, so that the next phase is prepared from the bare one."""
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+
+
+class _PhaseClock(TrainerCallback):
+    """Keeps `phase.json` at the state of the newest checkpoint, wall time summed over interruptions."""
+
+    def __init__(self, folder: RunFolder, index: int, name: str):
+        self.folder, self.index, self.name = folder, index, name
+        self.before = float(folder.phase_state(index, name).get("seconds", 0.0))
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time of the phase so far."""
+        return self.before + time.monotonic() - self.started
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the state beside the checkpoint that has just appeared."""
+        if state.is_world_process_zero:
+            values = {"status": "running", "step": state.global_step, "seconds": round(self.seconds(), 1)}
+            self.folder.write_phase_state(self.index, self.name, values)

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pyarrow.compute
 import torch
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import Sampler
 
 from ulmfit_tools.errors import InputError
 
@@ -117,9 +117,6 @@ def row_lengths(dataset: Any, column: str = "input_ids", *, length_column: str |
     Raises:
         InputError: The rows have no such column.
     """
-    if isinstance(dataset, Subset):
-        lengths = row_lengths(dataset.dataset, column, length_column=length_column)
-        return lengths[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else []
     if length_column in columns:
         return torch.as_tensor(dataset[length_column][:], dtype=torch.int32)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 
 from ulmfit_tools.data.augmentation import DEFAULT_AUGMENTATION, Augmentation
+from ulmfit_tools.data.augmentation import DEFAULT_AUGMENTATION, Augmentation
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.schedules import SCHEDULES, check_schedule
 
@@ -103,6 +104,8 @@ class Phase:
             raise InputError(f"{self._at('keep')} must be one of {', '.join(KEEP_CHOICES)}. Received: {self.keep!r}")
         if not isinstance(self.precompute, bool):
             raise InputError(f"{self._at('precompute')} is true or false. Received: {self.precompute!r}")
+        if not isinstance(self.augment, Augmentation | None):
+            raise InputError(f"{self._at('augment')} is an Augmentation or None. Received: {self.augment!r}")
         if not isinstance(self.note, str | None):
             raise InputError(f"{self._at('note')} is a text. Received: {self.note!r}")
         if self.until_overfit is not None and self.keep != "best":
@@ -228,24 +231,20 @@ class Phase:
         if "name" not in values:
             raise InputError(f"Every phase needs a name. Received: {values}")
         values = dict(values)
-        until = values.get("until_overfit")
-        if until is True:
-            values["until_overfit"] = UntilOverfit()
-        elif until is False:
-            values["until_overfit"] = None
-        elif until is not None:
-            check_keys(until, [field.name for field in dataclasses.fields(UntilOverfit)], what="until_overfit")
-            values["until_overfit"] = UntilOverfit(**until)
-        augment = values.get("augment")
-        if isinstance(augment, bool):
-            values["augment"] = DEFAULT_AUGMENTATION if augment else None
-        elif augment is not None:
-            check_keys(augment, [field.name for field in dataclasses.fields(Augmentation)], what="augment")
-            values["augment"] = Augmentation(**augment)
+        for key, default in (("until_overfit", UntilOverfit()), ("augment", DEFAULT_AUGMENTATION)):
+            values[key] = _from_mapping(values.get(key), default, what=key)
         settings = values.get("schedule_settings")
         if settings is not None and not isinstance(settings, dict):
             raise InputError(f"Phase '{values['name']}': schedule_settings must be a mapping. Received: {settings!r}")
         return cls(**values)
+
+
+def _from_mapping(given: Any, default: Any, *, what: str) -> Any:
+    """What a key of a phase stands for: true for the default, false for none, or a mapping of its fields."""
+    if given is None or isinstance(given, bool):
+        return default if given else None
+    check_keys(given, [field.name for field in dataclasses.fields(default)], what=what)
+    return type(default)(**given)
 
 
 def check_keys(values: Any, allowed: Sequence[str], *, what: str) -> None:

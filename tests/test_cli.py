@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 
 from ulmfit_tools import LRCurve
+from ulmfit_tools.activation_store import Entry, build
 from ulmfit_tools.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -162,6 +165,18 @@ def test_incomplete_command_says_what_it_needs(capsys, argv, message):
     import re
 
     assert re.search(message, refused(capsys, *argv))
+
+
+def test_cache_tells_its_size_and_is_removed(tmp_path, capsys):
+    made = Entry(tmp_path / "abc", np.array([2, 1]), 4)
+    made.prepare()
+    build([made], np.arange(2), lambda rows: [([torch.ones(made.lengths[row], 4) for row in rows], [])])
+    assert main(["cache", "--folder", str(tmp_path)]) == 0
+    assert "1 sets of activations, 0.0 MiB" in capsys.readouterr().out
+    assert main(["cache", "--folder", str(tmp_path), "--remove"]) == 0
+    assert "freed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert "There is no folder" in refused(capsys, "cache", "--folder", tmp_path / "nowhere")
 
 
 def test_overview_and_version(capsys):

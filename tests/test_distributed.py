@@ -25,10 +25,15 @@ KINDS = ["epochs", "chain_thaw", "plateau", "checkpointing", "plan"]
 
 
 def launch(*arguments, seconds=300):
-    """`accelerate launch` the worker in two processes."""
+    """`accelerate launch` this file's worker in two processes."""
+    return launch_worker("distributed_worker.py", *arguments, seconds=seconds)
+
+
+def launch_worker(name, *arguments, seconds=300):
+    """`accelerate launch` a script of this folder in two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    worker = str(Path(__file__).with_name("distributed_worker.py"))
+    worker = str(Path(__file__).with_name(name))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(
         [*command, worker, *map(str, arguments)], capture_output=True, text=True, timeout=seconds, env=environment

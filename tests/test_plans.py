@@ -3,6 +3,7 @@
 import pytest
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit, shipped_plans
+from ulmfit_tools.data.augmentation import Augmentation
 
 GROUPS = ["embeddings", "layer.0", "layer.1", "layer.2", "head"]
 
@@ -46,6 +47,7 @@ def test_a_plan_with_everything_survives_yaml(tmp_path):
         phases=[
             Phase(name="a", train="head", steps=10, schedule="sgdr", schedule_settings={"cycle_len": 1}),
             Phase(name="b", train=2, epochs=0.5, learning_rate=(1e-5, 1e-3), keep="best"),
+            Phase(name="e", augment=Augmentation(drop=0.2, mask=0.1)),
             Phase(name="c", train=["head"], until_overfit=UntilOverfit(patience=3, min_delta=0.01, max_epochs=9)),
             Phase(name="d", factor=2.6, num_groups=3, learning_rate="previous", precompute=True, note="Last."),
         ],
@@ -61,6 +63,11 @@ def test_yaml_reads_rates_as_people_write_them(tmp_path):
     a, b = FineTuningPlan.load(file).phases
     assert a.learning_rate == 0.0002
     assert b.learning_rate == (0.00001, 0.001)
+
+
+def test_augment_true_is_the_default_and_false_is_none():
+    assert Phase.from_dict({"name": "x", "augment": True}).augment == Augmentation(drop=0.1)
+    assert Phase.from_dict({"name": "x", "augment": False}).augment is None
 
 
 def test_until_overfit_keeps_the_best_checkpoint():
@@ -85,6 +92,9 @@ def test_until_overfit_keeps_the_best_checkpoint():
         ({"name": "x", "learning_rate": "previus"}, "Did you mean \"previous\""),
         ({"name": "x", "learning_rate": "previous"}, "the first phase has no phase before it"),
         ({"name": "x", "precompute": "yes"}, "precompute is true or false. Received: 'yes'"),
+        ({"name": "x", "augment": {"dropp": 0.1}}, "augment has no key 'dropp'.*Did you mean \"drop\""),
+        ({"name": "x", "augment": {"drop": 2}}, "augment.drop is a share from 0 to below 1. Received: 2"),
+        ({"name": "x", "augment": "much"}, "augment must be a mapping"),
         ({"name": "x", "note": 3}, "note is a text. Received: 3"),
         ({"name": "x", "learning_rate": [1e-3, 1e-5]}, "low must not be above high"),
         ({"name": "x", "learning_rate": [1e-3]}, "two rates"),

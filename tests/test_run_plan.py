@@ -1,6 +1,8 @@
 """Plans run on a tiny model: order, records, resume, refusals, and the folder as an ordinary model folder."""
 
+import dataclasses
 import json
+import logging
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_
 from transformers import TrainerCallback, pipeline
 
 from ulmfit_tools import FineTuningPlan, InputError, LRCurve, Phase, UntilOverfit, load_text_classification, run_plan
+from ulmfit_tools.data.augmentation import Augmentation
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.plans.settings import run_arguments
 
@@ -411,3 +414,111 @@ def test_adapters_train_by_depth_and_resume(data, tmp_path):
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "run")]
     assert same(*adapters)
     assert again.metrics == first.metrics
+
+
+PRECOMPUTED = FineTuningPlan(
+    name="precomputed",
+    settings={"learning_rate": 1e-2, "per_device_train_batch_size": 16},
+    phases=[
+        Phase(name="head", train="head", epochs=2, precompute=True),
+        Phase(name="top", train=3, epochs=1, precompute=True),
+        Phase(name="all", epochs=1),
+    ],
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ULMFIT_TOOLS_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_precomputed_plan_gives_the_numbers_of_the_one_through_the_layers(data, tmp_path, caplog, own_cache):
+    model = str(model_folder(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    through = dataclasses.replace(
+        PRECOMPUTED, phases=[dataclasses.replace(phase, precompute=False) for phase in PRECOMPUTED.phases]
+    )
+    with caplog.at_level(logging.WARNING):
+        result = run(PRECOMPUTED, model, data, tmp_path / "from")
+    expected = run(through, model, data, tmp_path / "through")
+    for ours, theirs in zip(result.phases, expected.phases, strict=True):
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-5)
+    head, top, everything = result.phases
+    assert (head.precomputed["form"], head.precomputed["reused"]) == ("vector", False)
+    # The first pass kept what the second phase needs: the layers below it do not move in between.
+    assert "The same pass keeps what leaves bert.encoder.layer.1" in caplog.text
+    assert (top.precomputed["form"], top.precomputed["reused"]) == ("sequence", True)
+    assert everything.precomputed is None
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        again = run(PRECOMPUTED, model, data, tmp_path / "again", learning_rate=1e-3)
+    assert [phase.precomputed["reused"] for phase in again.phases[:2]] == [True, True]
+
+
+@pytest.mark.parametrize(("phase", "step"), [("01-head", 3), ("01-head", 8), ("02-top", 2), ("03-all", 3)])
+def test_a_precomputed_plan_resumes_to_the_same_bits(model, data, tmp_path, phase, step):
+    run(PRECOMPUTED, model, data, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(PRECOMPUTED, model, data, tmp_path / "run", callbacks=[StopAt(phase, step)])
+    run(PRECOMPUTED, model, data, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_later_phase_is_not_served_where_its_frozen_layers_move_before(model, data, tmp_path, caplog, own_cache):
+    plan = FineTuningPlan(name="x", phases=[
+        Phase(name="head", train="head", steps=1, precompute=True),
+        Phase(name="moves", train=5, steps=1),
+        Phase(name="top", train=3, steps=1, precompute=True),
+    ])  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        result = run(plan, model, data, tmp_path / "run")
+    assert "The same pass keeps" not in caplog.text
+    assert not result.phases[2].precomputed["reused"]
+
+
+def test_what_cannot_be_precomputed_is_said_and_trained_without(model, data, tmp_path, caplog):
+    plan = FineTuningPlan(name="x", phases=[
+        Phase(name="all", steps=1, precompute=True),
+        Phase(name="head", train="head", steps=1, precompute=True, augment=Augmentation(drop=0.2)),
+    ])  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        result = run(plan, model, data, tmp_path / "run")
+    assert "Phase 'all' trains without precomputed activations. No block of layers is frozen" in caplog.text
+    assert "Phase 'head' trains without precomputed activations. The text is augmented" in caplog.text
+    assert [phase.precomputed for phase in result.phases] == [None, None]
+
+
+def eight_steps(model, data, folder, **more):
+    return run("fastai_eight_steps", model, data, folder, per_device_train_batch_size=16, **more)
+
+
+@pytest.fixture(scope="module")
+def all_eight(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight") / "whole"
+    return eight_steps(model, data, folder)
+
+
+def test_the_eight_steps(all_eight, caplog):
+    precomputed, augmented, everything = all_eight.phases
+    found = {path.parent.name: path.read_text() for path in all_eight.output_dir.rglob("lr_range.json")}
+    rates = {name: LRCurve.from_json(text).suggestion for name, text in found.items()}
+    assert sorted(rates) == ["01-head-precomputed", "03-all-augmented"]  # steps 2 and 7
+    assert precomputed.precomputed["form"] == "vector"  # step 3
+    assert augmented.precomputed is None  # step 4
+    assert augmented.learning_rate == precomputed.learning_rate == rates["01-head-precomputed"]
+    assert (precomputed.trains, augmented.trains) == (("head",), ("head",))
+    assert len(everything.trains) == 6  # step 5
+    assert everything.learning_rate == rates["03-all-augmented"]
+    assert everything.epochs in (3, 7)  # step 8 ends with its second or third cycle
+    plan = json.loads((all_eight.output_dir / "run.json").read_text())["plan"]
+    assert [phase["note"].split(":")[0] for phase in plan["phases"]] == ["Steps 1 to 3", "Step 4", "Steps 5 to 8"]
+    assert (plan["phases"][2]["num_groups"], plan["phases"][2]["factor"]) == (3, 3)  # step 6
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"), [("01-head-precomputed", 4), ("02-head-augmented", 9), ("03-all-augmented", 4)]
+)
+def test_the_eight_steps_resume_to_the_same_bits(all_eight, model, data, tmp_path, phase, step):
+    with pytest.raises(Stop):
+        eight_steps(model, data, tmp_path / "run", callbacks=[StopAt(phase, step)])
+    eight_steps(model, data, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "run"), weights(all_eight.output_dir))

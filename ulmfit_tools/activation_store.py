@@ -253,15 +253,20 @@ def content_key(*parts: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def cache_size(cache_dir: str | Path) -> tuple[int, int]:
+    """How many entries a folder has, and their bytes on the disk."""
+    entries = [marker.parent for marker in Path(cache_dir).glob("*/entry.json")]
+    return len(entries), sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+
+
 def remove_cache(cache_dir: str | Path) -> int:
     """Delete all entries in a folder, and nothing else in it.
 
     Returns:
         How many bytes were freed.
     """
-    freed = 0
+    freed = cache_size(cache_dir)[1]
     for marker in Path(cache_dir).glob("*/entry.json"):
-        freed += sum(file.stat().st_size for file in marker.parent.iterdir())
         shutil.rmtree(marker.parent)
         marker.parent.with_suffix(".lock").unlink(missing_ok=True)
     return freed

@@ -1,4 +1,4 @@
-"""The command line: `ulmfit-tools train | lr-find | groups | evaluate | predict`.
+"""The command line: `ulmfit-tools train | lr-find | groups | evaluate | predict | cache`.
 
 Bad input ends with one line on standard error and exit code 2; a run stopped by a signal writes a last checkpoint and
 exits with 128 + the signal's number, as shells expect.
@@ -44,7 +44,8 @@ class _DataFlags:
 @dataclass
 class _TrainFlags:
     plan: str = _help(
-        "A shipped plan (baseline, chain_thaw, gradual_unfreezing) or a YAML file.", "gradual_unfreezing"
+        "A shipped plan (baseline, chain_thaw, fastai_eight_steps, gradual_unfreezing) or a YAML file.",
+        "gradual_unfreezing",
     )
     validation_split: float | None = _help("Share of the training rows to validate on where no split is given. 0.1.")
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
@@ -76,6 +77,12 @@ class _EvaluateFlags:
     split: str | None = _help("Which split; by default test, else validation, else the only one.")
     batch_size: int = _help("Texts at a time.", 64)
     json: str | None = _help("Also write the metrics to this JSON file.")
+
+
+@dataclass
+class _CacheFlags:
+    folder: str | None = _help("The cache. Default: where plans keep it ($ULMFIT_TOOLS_CACHE, else the user's cache).")
+    remove: bool = _help("Delete the activations in it.", False)
 
 
 @dataclass
@@ -318,6 +325,22 @@ def predict(argv: Sequence[str]) -> int:
     return 0
 
 
+def cache(argv: Sequence[str]) -> int:
+    """Tell how large the precomputed activations are, and delete them with --remove."""
+    from ulmfit_tools.activation_store import cache_size, remove_cache
+    from ulmfit_tools.feature_cache import activation_cache
+
+    flags = _defaults(_CacheFlags, _parse("cache", [_CacheFlags], argv, _first_line(cache)))
+    folder = Path(flags.folder) if flags.folder is not None else activation_cache()
+    if flags.folder is not None and not folder.is_dir():
+        raise InputError(f"There is no folder {folder}")
+    entries, nbytes = cache_size(folder)
+    print(f"{folder}: {entries} sets of activations, {nbytes / 2**20:,.1f} MiB")
+    if flags.remove:
+        print(f"{remove_cache(folder) / 2**20:,.1f} MiB freed")
+    return 0
+
+
 def _first_line(command: Callable) -> str:
     return (command.__doc__ or "").splitlines()[0]
 
@@ -338,6 +361,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "groups": groups,
     "evaluate": evaluate,
     "predict": predict,
+    "cache": cache,
 }
 
 

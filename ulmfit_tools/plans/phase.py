@@ -10,7 +10,6 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 
 from ulmfit_tools.data.augmentation import DEFAULT_AUGMENTATION, Augmentation
-from ulmfit_tools.data.augmentation import DEFAULT_AUGMENTATION, Augmentation
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.schedules import SCHEDULES, check_schedule
 

@@ -1,0 +1,61 @@
+"""One of the processes of `test_feature_cache.py`: a training from activations, and the same through the layers.
+
+python feature_cache_worker.py FOLDER
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from tiny import pad_rows, ragged_rows, tiny_bert
+from transformers import Trainer, TrainingArguments
+
+from ulmfit_tools.feature_cache import precomputed
+from ulmfit_tools.freezing import freeze_to
+from ulmfit_tools.frozen_pass import FrozenPass
+
+
+def losses(folder, frozen_to, cached):
+    """The losses of a training of six steps, and how many rows this process sent through the frozen layers."""
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    freeze_to(model, frozen_to)
+    args = TrainingArguments(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=ragged_rows(600), data_collator=pad_rows)
+    rows = []
+    own = FrozenPass._vectors
+
+    def counted(self, source, some, *more, **settings):
+        rows.extend(some.tolist())
+        return own(self, source, some, *more, **settings)
+
+    FrozenPass._vectors = counted
+    try:
+        with precomputed(trainer, cache_dir=folder / "cache") if cached else nullcontext():
+            trainer.train()
+    finally:
+        FrozenPass._vectors = own
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], len(rows)
+
+
+def main(folder):
+    from accelerate import PartialState
+
+    rank = PartialState(cpu=True).process_index
+    found = {str(n): [losses(folder, n, False)[0], *losses(folder, n, True)] for n in (-1, -3)}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,15 +1,21 @@
 """Text augmentation: what it changes by hand, what it leaves alone, and that it is the same again after a resume."""
 
+import random
+
+import datasets
 import numpy as np
+import peft
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from runs import differences, make_trainer, outcome
-from tiny import pad_rows, ragged_rows
+from tiny import pad_rows, ragged_rows, tiny_bert
 from tiny_text import SPECIAL, tiny_tokenizer
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ulmfit_tools.data.augmentation import Augmentation, AugmentingCollator, augmented
-from ulmfit_tools.data.numbered_rows import ROW
+from ulmfit_tools.data.augmentation import Augmentation, AugmentingCollator, _edit, augmented
+from ulmfit_tools.data.numbered_rows import ROW, numbered
 from ulmfit_tools.errors import InputError
 
 CLS, SEP, MASK = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]"), SPECIAL.index("[MASK]")
@@ -68,6 +74,92 @@ def test_swapping_keeps_the_words_and_masking_the_length():
     assert all(new in (old, MASK) for ids in masked for new, old in zip(ids, PAIR, strict=True))
 
 
+def slow_edit(ordinary, parts, draws, rates):
+    """One row, as `_edit` does many at once, in plain Python: the tokens' old places, and which are masked."""
+    stretches, last = [], None
+    for i in range(len(ordinary)):
+        if ordinary[i]:
+            if last != i - 1 or any(part[i] != part[i - 1] for part in parts):
+                stretches.append([])
+            stretches[-1].append(i)
+            last = i
+    order, gone, masked = list(range(len(ordinary))), set(), set()
+    for stretch in stretches:
+        n, (swap, drop, mask) = len(stretch), draws[stretch, :3].T
+        shift, rounding, place = draws[stretch[0], 3:]
+        for k in range(int(shift < 0.5), n - 1, 2):
+            if swap[k] < rates.swap:
+                i, j = stretch[k : k + 2]
+                order[i], order[j] = j, i
+        length = min(int(n * rates.span + rounding), n - 1)
+        begin = int(float(place) * (n - length + 1))
+        out = {i for k, i in enumerate(stretch) if begin <= k < begin + length or drop[k] < rates.drop}
+        hidden = {i for k, i in enumerate(stretch) if i not in out and mask[k] < rates.mask}
+        if len(out | hidden) == n:
+            saved = {stretch[int(drop.argmax())]}
+            out, hidden = out - saved, hidden - saved
+        gone, masked = gone | out, masked | hidden
+    return [order[i] for i in range(len(ordinary)) if i not in gone], [i in masked for i in range(len(ordinary))]
+
+
+def test_all_rows_at_once_are_what_each_one_is_by_itself_in_plain_python():
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        lengths = generator.integers(1, 12, size=4)
+        ordinary, types = (generator.random(lengths.sum()) < share for share in (0.8, 0.3))
+        row, draws = np.repeat(np.arange(4), lengths), generator.random((lengths.sum(), 6), dtype=np.float32)
+        rates = Augmentation(**dict(zip(("swap", "span", "drop", "mask"), generator.random(4) * 0.9, strict=True)))
+        order, kept, masked = _edit(ordinary, [row, types], draws, rates)
+        for number in range(4):
+            here = row == number
+            places, hidden = slow_edit(ordinary[here], [types[here]], draws[here], rates)
+            first = np.flatnonzero(here)[0]
+            assert [int(i) - first for i in order[here & kept]] == places
+            assert masked[here].tolist() == hidden
+
+
+def test_one_token_of_each_text_is_neither_dropped_nor_masked():
+    for row in range(50):
+        first, second = texts(changed(row, mask=0.95, drop=0.5)["input_ids"])
+        assert set(first) & {5, 6, 7, 8}
+        assert set(second) & {9, 10, 11, 12, 13, 14}
+
+
+def test_labels_as_many_as_tokens_and_padding_stay():
+    rows = [
+        {"input_ids": [CLS, 5, 6, 7, SEP, 0, 0], "attention_mask": [1] * 5 + [0] * 2, "labels": [1, 0, 0, 1, 1, 0, 1]}
+    ]
+    for number in range(20):
+        collator = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.5, mask=0.2), tiny_tokenizer(), 0)
+        (new,) = collator([{**rows[0], ROW: number}])
+        assert new["labels"] == rows[0]["labels"]
+        assert new["input_ids"][-3:] == [SEP, 0, 0]
+        assert new["attention_mask"] == [1] * (len(new["input_ids"]) - 2) + [0, 0]
+
+
+def test_columns_keep_their_types():
+    row = {"input_ids": torch.tensor(PAIR), "token_type_ids": np.array(TYPES, dtype=np.int32), ROW: torch.tensor(3)}
+    (new,) = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.5), tiny_tokenizer(), 0)([row])
+    assert new["input_ids"].tolist() == changed(3, drop=0.5)["input_ids"]
+    assert (new["input_ids"].dtype, new["token_type_ids"].dtype) == (torch.int64, np.int32)
+
+
+@pytest.mark.parametrize("tokens", [3, 10, 25])
+def test_a_span_is_its_share_on_average_also_of_short_texts(tokens):
+    ids = [CLS, *[7] * tokens, SEP]
+    collator = AugmentingCollator(lambda rows: rows, Augmentation(span=0.1), tiny_tokenizer(), 0)
+    cut = [len(ids) - len(new["input_ids"]) for new in collator([{"input_ids": ids, ROW: i} for i in range(2000)])]
+    assert {int(tokens * 0.1), int(tokens * 0.1) + 1} >= set(cut)
+    assert np.mean(cut) == pytest.approx(tokens * 0.1, abs=4 * 0.5 / 2000**0.5)  # four standard deviations at most
+
+
+def test_swapping_moves_its_share_by_one_place():
+    ids = np.array([CLS, *range(5, 20_005), SEP])
+    new = np.array(changed(ids=ids.tolist(), types=[0] * len(ids), swap=0.1)["input_ids"])
+    assert np.abs(new - ids)[1:-1].max() == 1
+    assert (new != ids).sum() / 20_000 == pytest.approx(0.1, abs=4 * 2 * (1e4 * 0.09) ** 0.5 / 20_000)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_the_rates_are_met(rate):
     long = [CLS, *[7] * 20_000, SEP]
@@ -84,6 +176,40 @@ def test_it_depends_on_seed_epoch_and_row_alone():
     assert all(other != changed(3, 1, 7, **rates) for other in others)
 
 
+def batches_of(size, index=0, count=1, workers=0):
+    """The batches of one of several processes."""
+    collator = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.3, swap=0.3), tiny_tokenizer(), 0)
+    loader = DataLoader(numbered(ragged_rows()), batch_size=size, collate_fn=collator, num_workers=workers)
+    return list(prepare_data_loader(loader, num_processes=count, process_index=index, put_on_device=False))
+
+
+def test_a_row_is_the_same_in_any_batch_worker_and_process():
+    alone = [row for batch in batches_of(1) for row in batch]
+    assert [row for batch in batches_of(8, workers=2) for row in batch] == alone
+    dealt_out = zip(batches_of(4, 0, 2), batches_of(4, 1, 2), strict=True)
+    assert [row for pair in dealt_out for batch in pair for row in batch] == alone
+
+
+def test_workers_that_stay_are_told_of_the_next_epoch():
+    def two_epochs(**loading):
+        collator = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.3), tiny_tokenizer(), 0)
+        loader = DataLoader(numbered(ragged_rows()), batch_size=8, collate_fn=collator, **loading)
+        for epoch in (0, 1):
+            collator.epoch.fill_(epoch)
+            yield list(loader)
+
+    first, second = two_epochs()
+    assert first != second
+    assert list(two_epochs(num_workers=2, persistent_workers=True)) == [first, second]
+
+
+def test_no_random_numbers_are_used_up():
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    changed(drop=0.3, swap=0.3, mask=0.3, span=0.3)
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+
 def test_rows_without_a_number_are_left_alone():
     collator = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.9), tiny_tokenizer(), 0)
     row = {"input_ids": PAIR, "labels": 1}
@@ -97,7 +223,7 @@ def test_rows_without_ordinary_tokens_stay():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({}, "changes nothing: give one of swap, mask, span, drop"),
+        ({}, "changes nothing: give one of swap, span, drop, mask"),
         ({"drop": 1}, "augment.drop is a share from 0 to below 1. Received: 1"),
         ({"mask": -0.1}, "augment.mask is a share"),
         ({"span": "much"}, "augment.span is a share"),
@@ -129,9 +255,9 @@ class StopAt(TrainerCallback):
             raise Stop
 
 
-def run(folder, *, stop=0, resume=None, workers=0, collate=pad_rows):
+def run(folder, *, stop=0, resume=None, collate=pad_rows, **settings):
     """The outcome of an augmented training of two epochs of ten steps, or None where it was stopped."""
-    trainer = make_trainer(folder, dataloader_num_workers=workers, callbacks=[StopAt(stop)])
+    trainer = make_trainer(folder, callbacks=[StopAt(stop)], **settings)
     trainer.data_collator = collate
     with augmented(trainer, Augmentation(drop=0.3, mask=0.1), tiny_tokenizer()):
         try:
@@ -141,11 +267,16 @@ def run(folder, *, stop=0, resume=None, workers=0, collate=pad_rows):
     return outcome(trainer)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stop", [5, 10, 14])  # in the middle of an epoch, and at its end
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_with_the_same_texts(tmp_path, workers):
-    whole = run(tmp_path / "whole")
-    assert run(tmp_path / "run", stop=14, workers=workers) is None
-    assert differences(whole, run(tmp_path / "run", resume=True, workers=workers)) == []
+def test_a_stopped_run_goes_on_with_the_same_texts(whole, tmp_path, stop, workers):
+    assert run(tmp_path, stop=stop, dataloader_num_workers=workers) is None
+    assert differences(whole, run(tmp_path, resume=True, dataloader_num_workers=workers)) == []
 
 
 def test_every_epoch_sees_other_texts_and_evaluation_sees_the_own_ones(tmp_path):
@@ -179,3 +310,30 @@ def test_the_trainer_is_as_before_also_when_something_raises(tmp_path):
     assert (trainer.train_dataset, trainer.data_collator, len(trainer.callback_handler.callbacks)) == before
     assert trainer.args.remove_unused_columns
     assert np.array_equal(trainer.train_dataset[0]["input_ids"], ragged_rows()[0]["input_ids"])
+
+
+def test_under_peft_the_batches_have_the_same_columns(tmp_path):
+    pair = {"input_ids": PAIR, "token_type_ids": TYPES, "attention_mask": [1] * len(PAIR), "labels": 0, "length": 13}
+    data = datasets.Dataset.from_list([pair] * 4)
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", dataloader_pin_memory=False)
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer())
+
+    def columns():
+        return [set(next(iter(loader))) for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader())]
+
+    plain = columns()
+    assert "token_type_ids" in plain[0]
+    with augmented(trainer, Augmentation(drop=0.1), tiny_tokenizer()):
+        assert columns() == plain
+
+
+def test_rows_without_numbers_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    stream = datasets.Dataset.from_list(ragged_rows()).to_iterable_dataset()
+    trainer = Trainer(tiny_bert(), args, train_dataset=stream, data_collator=pad_rows)
+    with (
+        pytest.raises(InputError, match="needs numbered rows and a length. Received: IterableDataset"),
+        augmented(trainer, Augmentation(drop=0.1), tiny_tokenizer()),
+    ):
+        pass

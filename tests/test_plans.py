@@ -68,6 +68,8 @@ def test_yaml_reads_rates_as_people_write_them(tmp_path):
 def test_augment_true_is_the_default_and_false_is_none():
     assert Phase.from_dict({"name": "x", "augment": True}).augment == Augmentation(drop=0.1)
     assert Phase.from_dict({"name": "x", "augment": False}).augment is None
+    with pytest.raises(InputError, match="augment is an Augmentation or None. Received: True"):
+        Phase(name="x", augment=True)
 
 
 def test_until_overfit_keeps_the_best_checkpoint():
@@ -94,6 +96,7 @@ def test_until_overfit_keeps_the_best_checkpoint():
         ({"name": "x", "precompute": "yes"}, "precompute is true or false. Received: 'yes'"),
         ({"name": "x", "augment": {"dropp": 0.1}}, "augment has no key 'dropp'.*Did you mean \"drop\""),
         ({"name": "x", "augment": {"drop": 2}}, "augment.drop is a share from 0 to below 1. Received: 2"),
+        ({"name": "x", "augment": {}}, "augment changes nothing"),
         ({"name": "x", "augment": "much"}, "augment must be a mapping"),
         ({"name": "x", "note": 3}, "note is a text. Received: 3"),
         ({"name": "x", "learning_rate": [1e-3, 1e-5]}, "low must not be above high"),

@@ -522,3 +522,43 @@ def test_the_eight_steps_resume_to_the_same_bits(all_eight, model, data, tmp_pat
         eight_steps(model, data, tmp_path / "run", callbacks=[StopAt(phase, step)])
     eight_steps(model, data, tmp_path / "run", resume=True)
     assert same(weights(tmp_path / "run"), weights(all_eight.output_dir))
+
+
+AUGMENTED = FineTuningPlan(
+    name="augmented",
+    settings=TWO_PHASES.settings,
+    phases=[
+        Phase(name="head", train="head", epochs=1, augment=Augmentation(drop=0.2)),
+        Phase(name="all", epochs=2, augment=Augmentation(swap=0.2, span=0.1, mask=0.2)),
+    ],
+)
+
+
+def test_augmented_phases_resume_in_mid_epoch_and_are_evaluated_on_the_texts_as_they_are(whole, model, data, tmp_path):
+    first = run(AUGMENTED, model, data, tmp_path / "first")
+    assert not same(weights(tmp_path / "first"), weights(whole.output_dir))
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for phase, step in (("01-head", 5), ("02-all", 9)):
+        folder = tmp_path / phase
+        with pytest.raises(Stop):
+            run(AUGMENTED, model, data, folder, callbacks=[StopAt(phase, step)], **saving)
+        assert run(AUGMENTED, model, data, folder, resume=True, **saving).metrics == first.metrics
+        assert same(weights(folder), weights(tmp_path / "first"))
+    idle = FineTuningPlan(name="y", phases=[Phase(name="z", steps=1, learning_rate=1e-30)])
+    check = run(idle, str(tmp_path / "first"), data, tmp_path / "check")
+    for split in ("validation", "test"):
+        assert check.metrics[split]["loss"] == pytest.approx(first.metrics[split]["loss"], rel=1e-5)
+
+
+def test_masking_without_a_mask_token_is_refused_before_anything_is_written(data, tmp_path):
+    from tiny import tiny_bert
+    from tiny_text import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    plan = FineTuningPlan(name="x", phases=[
+        Phase(name="a", steps=1), Phase(name="b", steps=1, augment=Augmentation(mask=0.1))
+    ])  # fmt: skip
+    with pytest.raises(InputError, match="no mask token"):
+        run(plan, tiny_bert(num_labels=3), data, tmp_path / "run", tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ulmfit_tools.callbacks import LogGroupRates, StopWhenOverfit
     from ulmfit_tools.data import load_text_classification
+    from ulmfit_tools.data.augmentation import Augmentation, augmented
     from ulmfit_tools.errors import InputError
+    from ulmfit_tools.feature_cache import CannotPrecompute, precomputed
     from ulmfit_tools.freezing import freeze_to, unfreeze
     from ulmfit_tools.gradual_unfreezing import GradualUnfreezing
     from ulmfit_tools.layers import LayerGroup, LayerGroups, layer_groups
@@ -53,6 +55,10 @@ _MODULE_OF = {
     "PlanResult": "plans",
     "run_plan": "plans",
     "shipped_plans": "plans",
+    "precomputed": "feature_cache",
+    "CannotPrecompute": "feature_cache",
+    "Augmentation": "data.augmentation",
+    "augmented": "data.augmentation",
     "load_text_classification": "data",
     "InputError": "errors",
 }

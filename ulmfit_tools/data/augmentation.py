@@ -6,7 +6,7 @@ that is resumed sees the same texts again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,36 +21,44 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import has_length
 
 from ulmfit_tools.data.numbered_rows import ROW, numbered, used_columns
 from ulmfit_tools.errors import InputError
+
+_DRAWS = 6  # random numbers for each token, whatever the rates: one rate does not change what another does
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """How much of a text is changed; every rate is a share of its ordinary tokens, from 0 to below 1.
 
-    Special tokens stay where they are, and nothing crosses from one text of a pair to the other. At least one ordinary
-    token of each text stays, and a text never grows. They are applied in the order in which they stand here.
+    Special tokens and padding stay as they are. Each stretch of tokens between them, as each text of a pair, is
+    changed by itself, keeps at least one of its own tokens, unmasked, and never grows; texts are told apart by special
+    tokens and token types. Words of several tokens are not kept together. Several rates are applied in the order in
+    which they stand here, and what is masked is a share of what is left.
 
-    The default drops a tenth: it needs no mask token, and a tenth is what Wei & Zou 2019 (EDA, arXiv:1901.11196,
-    section 5) advise for a few thousand texts. Pretrained transformers gain less from such changes than models that
+    The default drops a tenth: it needs no mask token, and a tenth is the rate that the code of Wei & Zou 2019 (EDA,
+    arXiv:1901.11196) has for each of its operations. Pretrained transformers gain less from such changes than models that
     are trained from nothing (Longpre et al. 2020, arXiv:2010.01764), so compare with a run without.
 
     Args:
-        swap: The chance of a token to change places with its neighbour (EDA's random swap, kept local).
-        mask: The chance of a token to be masked (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
-        span: The share of each text that is cut out in one piece (Shen et al. 2020, arXiv:2009.13818, span cutoff).
+        swap: The chance of a pair of neighbours to change places. Pairs do not overlap, so it is the share of tokens
+            that move, too (EDA's random swap, kept local).
+        span: The share of each text that is cut out in one piece, from a random place; of a short text, this share on
+            average (Shen et al. 2020, arXiv:2009.13818, span cutoff, which overwrites it by zeros).
         drop: The chance of a token to be dropped (EDA's random deletion).
+        mask: The chance of a token to be masked (Devlin et al. 2019, arXiv:1810.04805, section 3.1; as augmentation:
+            SSMBA, Ng et al. 2020, arXiv:2009.10195).
 
     Raises:
         InputError: A rate is out of its range, or all are 0.
     """
 
     swap: float = 0.0
-    mask: float = 0.0
     span: float = 0.0
     drop: float = 0.0
+    mask: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the rates."""
@@ -60,6 +68,18 @@ class Augmentation:
                 raise InputError(f"augment.{name} is a share from 0 to below 1. Received: {rate!r}")
         if not any(rates.values()):
             raise InputError(f"augment changes nothing: give one of {', '.join(rates)} a rate above 0, as drop: 0.1")
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse to mask without a mask token.
+
+        Raises:
+            InputError: The tokenizer has none.
+        """
+        if self.mask and tokenizer.mask_token_id is None:
+            raise InputError(
+                f"{type(tokenizer).__name__} has no mask token, so augment.mask cannot be. Use drop instead. "
+                f"Received: mask={self.mask}"
+            )
 
 
 DEFAULT_AUGMENTATION = Augmentation(drop=0.1)
@@ -87,69 +107,98 @@ class AugmentingCollator:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
     ) -> None:
-        if augmentation.mask and tokenizer.mask_token_id is None:
-            raise InputError(
-                f"{type(tokenizer).__name__} has no mask token, so augment.mask cannot be. Use drop instead. "
-                f"Received: mask={augmentation.mask}"
-            )
+        augmentation.check_tokenizer(tokenizer)
         self.collate = collate
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change, wherever they run
+        self._names = list(tokenizer.model_input_names)
         self._mask_id = tokenizer.mask_token_id
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
 
-    def __call__(self, features: list[dict[str, Any]]) -> Any:
+    def __call__(self, features: list[Any]) -> Any:
         """A batch."""
-        return self.collate([self._changed(row) if ROW in row else row for row in features])
+        places = [place for place, row in enumerate(features) if isinstance(row, Mapping) and ROW in row]
+        if places:
+            features = list(features)
+            for place, row in zip(places, self._changed([features[place] for place in places]), strict=True):
+                features[place] = row
+        return self.collate(features)
 
-    def _changed(self, row: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in row.items() if name != ROW}
-        # Philox takes any key for a stream of its own, so neighbouring rows have nothing in common.
-        key = [self.seed * 1_000_003 + int(self.epoch), row[ROW]]
-        generator = np.random.Generator(np.random.Philox(key=key))
-        ids = np.array(kept["input_ids"], dtype=np.int64)
-        new_ids, places = self.change(ids, np.asarray(kept.get("token_type_ids", np.zeros_like(ids))), generator)
-        aligned = [n for n, v in kept.items() if n != "input_ids" and hasattr(v, "__len__") and len(v) == len(ids)]
-        moved = {name: np.asarray(kept[name])[places].tolist() for name in aligned}
-        return {**kept, **moved, "input_ids": new_ids.tolist()}
+    def _changed(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """All rows at once, their tokens one after another; what the tokenizer makes for each token goes with it."""
+        names = [name for name in self._names if name in rows[0]]
+        lengths = [len(row[names[0]]) for row in rows]
+        columns = {name: np.concatenate([np.asarray(row[name], dtype=np.int64) for row in rows]) for name in names}
+        ordinary = ~np.isin(columns[names[0]], self._special)
+        if "attention_mask" in columns:
+            ordinary &= columns["attention_mask"] != 0
+        parts = [np.repeat(np.arange(len(rows)), lengths)]
+        if "token_type_ids" in columns:
+            parts.append(columns["token_type_ids"])
+        draws = np.concatenate([self._draw(int(row[ROW]), length) for row, length in zip(rows, lengths, strict=True)])
+        order, kept, masked = _edit(ordinary, parts, draws, self.augmentation)
+        ends = np.r_[0, np.cumsum(kept)][np.r_[0, np.cumsum(lengths)]]
+        changed = [{name: value for name, value in row.items() if name != ROW} for row in rows]
+        for name, values in columns.items():
+            values = values[order]
+            if name == names[0] and masked.any():
+                values[masked] = self._mask_id
+            values = values[kept]
+            for row, begin, end in zip(changed, ends[:-1], ends[1:], strict=True):
+                row[name] = _like(row[name], values[begin:end])
+        return changed
 
-    def change(
-        self, ids: np.ndarray, types: np.ndarray, generator: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One row's tokens after the augmentation.
+    def _draw(self, row: int, length: int) -> np.ndarray:
+        """The random numbers of a row in this epoch, shape (length, draws): a longer row begins with the same ones."""
+        generator = np.random.Generator(np.random.PCG64([self.seed, int(self.epoch), row]))
+        return generator.random((length, _DRAWS), dtype=np.float32)
 
-        Args:
-            ids: Token ids, shape (tokens,).
-            types: Token type ids, shape (tokens,); a text ends where they change, as it does at a special token.
-            generator: The row's random numbers.
 
-        Returns:
-            The new ids, and the places in the old row that they stand at, ascending; shape (new tokens,) each.
-        """
-        rates = self.augmentation
-        ids = ids.copy()
-        special = np.isin(ids, self._special)
-        if special.all():
-            return ids, np.arange(len(ids))
-        starts = np.r_[True, (special[1:] != special[:-1]) | (types[1:] != types[:-1])] | special
-        text = np.cumsum(starts)  # the number of the text that each token belongs to
-        chance = generator.random((3, len(ids)))
-        if rates.swap:
-            pairs = np.flatnonzero((chance[0, :-1] < rates.swap) & (text[1:] == text[:-1]) & ~special[:-1])
-            for place in pairs:
-                ids[[place, place + 1]] = ids[[place + 1, place]]
-        if rates.mask:
-            ids[~special & (chance[1] < rates.mask)] = self._mask_id
-        keep = special | (chance[2] >= rates.drop)
-        for number in np.unique(text[~special]):
-            members = np.flatnonzero(text == number)
-            cut = round(rates.span * len(members))
-            first = generator.integers(len(members) - cut + 1)
-            keep[members[first : first + cut]] = False
-            if not keep[members].any():
-                keep[members[generator.integers(len(members))]] = True
-        return ids[keep], np.flatnonzero(keep)
+def _edit(
+    ordinary: np.ndarray, parts: Sequence[np.ndarray], draws: np.ndarray, rates: Augmentation
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What to do with the tokens of some rows, one row after another.
+
+    Args:
+        ordinary: Whether a token may be changed; shape (tokens,), as all but `draws`.
+        parts: Numbers that differ between neighbours where one text ends and another begins.
+        draws: Random numbers from 0 to below 1, shape (tokens, draws).
+        rates: The rates.
+
+    Returns:
+        The order of the tokens; whether a place in that order is kept; whether it is masked.
+    """
+    order, kept, masked = np.arange(len(ordinary)), np.ones(len(ordinary), bool), np.zeros(len(ordinary), bool)
+    where = np.flatnonzero(ordinary)
+    if not len(where):
+        return order, kept, masked
+    swap, drop, mask, shift, rounding, place_of_span = draws[where].T
+    apart = (np.diff(where) != 1) | np.any([np.diff(part[where]) != 0 for part in parts], axis=0)
+    starts = np.flatnonzero(np.r_[True, apart])  # of the stretches of tokens that are changed by themselves
+    sizes = np.diff(np.r_[starts, len(where)])
+    stretch = np.repeat(np.arange(len(starts)), sizes)
+    place = np.arange(len(where)) - starts[stretch]
+
+    odd = (shift[starts] < 0.5)[stretch]  # whether the first pair begins at the second token
+    left = where[(place % 2 == odd) & (place + 1 < sizes[stretch]) & (swap < rates.swap)]
+    order[left], order[left + 1] = left + 1, left
+
+    length = np.minimum((sizes * rates.span + rounding[starts]).astype(int), sizes - 1)
+    begin = (place_of_span[starts] * (sizes - length + 1)).astype(int)
+    removed = (place >= begin[stretch]) & (place < (begin + length)[stretch]) | (drop < rates.drop)
+    hidden = ~removed & (mask < rates.mask)
+    emptied = ~np.logical_or.reduceat(~(removed | hidden), starts)
+    saved = emptied[stretch] & (drop == np.maximum.reduceat(drop, starts)[stretch])  # the last that would be dropped
+    kept[where], masked[where] = ~removed | saved, hidden & ~saved
+    return order, kept, masked
+
+
+def _like(original: Any, values: np.ndarray) -> Any:
+    """Values in the type of a row's column: a tensor, an array or a list."""
+    if isinstance(original, torch.Tensor):
+        return torch.as_tensor(values, dtype=original.dtype)
+    return values.astype(original.dtype) if isinstance(original, np.ndarray) else values.tolist()
 
 
 class _EpochTeller(TrainerCallback):
@@ -162,7 +211,7 @@ class _EpochTeller(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the data loader's workers get their first rows."""
-        self._collator.epoch.fill_(int((state.epoch or 0.0) + 1e-6))
+        self._collator.epoch.fill_(int(state.epoch))
 
 
 @contextmanager
@@ -173,7 +222,15 @@ def augmented(trainer: Trainer, augmentation: Augmentation, tokenizer: PreTraine
         trainer: The trainer.
         augmentation: What is done.
         tokenizer: The tokenizer that made the rows.
+
+    Raises:
+        InputError: The rows have no numbers, or tokens are to be masked and the tokenizer has no mask token.
     """
+    if not has_length(trainer.train_dataset):
+        raise InputError(
+            "Augmentation goes by the number of a row, so the training data needs numbered rows and a length. "
+            f"Received: {type(trainer.train_dataset).__name__}"
+        )
     seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
     collator = AugmentingCollator(trainer.data_collator, augmentation, tokenizer, seed)
     before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator, trainer.args.remove_unused_columns

@@ -36,5 +36,6 @@ def used_columns(rows: Any, trainer: Trainer) -> Any:
     if not isinstance(rows, datasets.Dataset) or not trainer.args.remove_unused_columns:
         return rows
     model: Any = trainer.model
-    read = {*inspect.signature(model.forward).parameters, *trainer.label_names, "label", "label_ids"}
+    base = getattr(model, "get_base_model", lambda: model)()  # under PEFT, whose own forward names fewer inputs
+    read = {*inspect.signature(base.forward).parameters, *trainer.label_names, "label", "label_ids"}
     return rows.remove_columns([name for name in rows.column_names if name not in read])

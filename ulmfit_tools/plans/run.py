@@ -102,6 +102,8 @@ def run_plan(
     ]
     for phase, its_args in zip(phases, phase_args, strict=True):
         _check_phase(phase, its_args, classifier, groups, data)
+        if phase.augment is not None:
+            phase.augment.check_tokenizer(tokenizer)
     description = describe_run(
         plan.to_dict(),
         args.to_dict() | {"max_length": max_length},

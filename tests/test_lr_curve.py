@@ -85,6 +85,13 @@ def test_horizon_never_exceeds_the_turn():
     assert horizon(curve) == curve.rates[curve.turn]
 
 
+def test_rates_that_fall_towards_the_input_bear_more():
+    """Two groups, one at a seventh of the head's rate: rms = sqrt((1 + 1 / 49) / 2) = 5 / 7."""
+    even, falling = falling_curve(), falling_curve(rate_share=5 / 7)
+    assert falling.suggestion == pytest.approx(1.4 * even.suggestion)
+    assert falling_curve(rate_share=1e-3).suggestion == even.rates[even.turn]  # but no more than the turn
+
+
 def test_four_times_the_steps_take_half_the_rate():
     once, four = (falling_curve(training_steps=steps) for steps in (300, 1200))
     assert once.suggestion == pytest.approx(2 * four.suggestion)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ulmfit_tools import lr_range, rehearsal
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.freezing import freeze_to
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.lr_curve import LRCurve
 from ulmfit_tools.lr_range import find_learning_rate, lr_range_test, set_learning_rate, sweep_rates
@@ -240,6 +241,14 @@ def test_one_multiplier_over_all_groups(tmp_path):
     assert seen.shape == (len(curve.rates) + 1, groups)
     assert seen / seen[:, -1:] == pytest.approx(np.tile(ratios, (len(seen), 1)))
     assert seen[:-1, -1] == pytest.approx(curve.rates)
+    assert curve.rate_share == pytest.approx((sum(4.0**-n for n in range(groups)) / groups) ** 0.5)
+
+
+def test_the_share_of_the_rates_counts_the_groups_that_train(tmp_path):
+    assert lr_range_test(make_trainer(tmp_path), **SHORT).rate_share == 1.0  # one rate for all
+    trainer = watching(tmp_path)
+    freeze_to(trainer.model, -2)
+    assert lr_range_test(trainer, **SHORT).rate_share == pytest.approx(((1 + 1 / 4) / 2) ** 0.5)
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path):
@@ -339,20 +348,22 @@ def test_the_evaluation_loss_is_the_trainers(tmp_path):
 def test_confirmation_says_its_cost_first_and_takes_it(tmp_path, caplog):
     trainer = watching(tmp_path)
     curve = lr_range_test(trainer, confirm=True, **SHORT)
-    assert "4 probes of 16 optimizer steps, 64 more" in caplog.text  # the training has 16 steps
+    assert "3 probes of 16 optimizer steps, 48 more" in caplog.text  # the training has 16 steps
     assert curve.steps == len(trainer.seen)
     assert [probe.rate for probe in curve.probes] == pytest.approx(
-        [factor * curve.probes[2].rate for factor in (0.25, 0.5, 1, 2)]
+        [factor * curve.probes[1].rate for factor in (0.5, 1, 2)]
     )
     assert curve.suggestion == min(curve.probes, key=lambda probe: probe.loss).rate
 
 
-def test_probes_of_a_longer_training_go_as_far_as_it_would(tmp_path):
-    trainer = watching(tmp_path, max_steps=400)
+def test_probes_stand_for_a_longer_training(tmp_path):
+    trainer = watching(tmp_path, max_steps=480)
     curve = lr_range_test(trainer, confirm=True, **SHORT)
-    sweep = curve.steps - 4 * 25
-    peaks = [max(row[-1] for row in trainer.seen[sweep + 25 * i : sweep + 25 * (i + 1)]) for i in range(4)]
-    assert [probe.peak for probe in curve.probes] == pytest.approx([4 * probe.rate for probe in curve.probes])
+    sweep = curve.steps - 3 * 30
+    peaks = [max(row[-1] for row in trainer.seen[sweep + 30 * i : sweep + 30 * (i + 1)]) for i in range(3)]
+    assert [probe.peak for probe in curve.probes] == pytest.approx(
+        [2 * probe.rate for probe in curve.probes]
+    )  # 16^1/4
     assert peaks == pytest.approx([probe.peak for probe in curve.probes], rel=0.06)
 
 

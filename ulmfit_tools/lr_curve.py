@@ -53,6 +53,7 @@ class LRCurve:
         loss_on: "training" or "evaluation" batches.
         steps: Optimizer steps that the test took, probes included.
         seconds: Wall time of them.
+        rate_share: The root mean square, over the layer groups, of a group's rate as a share of the head's.
         probes: What the confirmation tried; empty without one.
 
     Raises:
@@ -68,6 +69,7 @@ class LRCurve:
     loss_on: str = "training"
     steps: int = 0
     seconds: float = 0.0
+    rate_share: float = 1.0
     probes: tuple[Probe, ...] = ()
 
     def __post_init__(self) -> None:
@@ -223,11 +225,16 @@ def horizon(curve: LRCurve) -> float:
     add up as in a random walk: n of them at rate r go as far as `r * sqrt(n)`, and a run with rates r_t as far as
     `sqrt(sum r_t ** 2)`. What the sweep bore up to its turn, `S = sum r_t ** 2`, the training may spend over its T
     steps. Under a schedule that rises to its peak and falls to 0 in straight lines they sum to `peak ** 2 * T / 3`, so
-    `peak = sqrt(3 S / T)`, though never above the rate at the turn itself. That the best rate falls with the root of
-    the number of steps is also what theory has for stochastic gradients (Nemirovski et al. 2009, section 2.2).
+    `peak = sqrt(3 S / T)`. That the best rate falls with the root of the number of steps is also what theory has for
+    stochastic gradients (Nemirovski et al. 2009, section 2.2).
+
+    What a long training spoils little by little are the layers near the input; what ends a sweep is its fastest group.
+    Where rates fall towards the input the training bears more, `peak / rate_share`: as far as layers at one rate would
+    go, on the root mean square over the layer groups. It is never above the rate at the turn itself.
     """
     until = np.array(curve.rates[: curve.turn + 1])
-    return min(math.sqrt(3 * float(until @ until) / curve.training_steps), curve.rates[curve.turn])
+    peak = math.sqrt(3 * float(until @ until) / curve.training_steps) / curve.rate_share
+    return min(peak, curve.rates[curve.turn])
 
 
 def distance(curve: LRCurve) -> float:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
-PROBE_FACTORS, PROBE_STEPS = (0.25, 0.5, 1.0, 2.0), 25
+PROBE_FACTORS, PROBE_STEPS = (0.5, 1.0, 2.0), 30
 
 
 def lr_range_test(
@@ -95,6 +95,7 @@ def lr_range_test(
             mode=mode,
             loss_on="evaluation" if eval_batches else "training",
             steps=notes.updates,
+            rate_share=notes.rate_share,
         )
         if confirm:
             curve = _confirmed(curve, trainer, optimizer, eval_batches, rewind)
@@ -148,8 +149,9 @@ def _confirmed(
 ) -> LRCurve:
     """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
 
-    A probe of n steps stands for a training of T at its rate. By the reasoning of `lr_curve.horizon` it goes as far
-    with a peak `sqrt(T / n)` times as high, in the same form: a rise over a tenth of its steps, and a fall to 0.
+    A probe of n steps stands for a training of T at its rate, with a peak `(T / n) ** 0.25` times as high, in the same
+    form: a rise over a tenth of its steps, and a fall to 0. By the reasoning of `lr_curve.horizon` it would go as far
+    with `(T / n) ** 0.5`, and as well as it can in its few steps at no other rate than the training; between the two.
     """
     steps = min(PROBE_STEPS, max(curve.training_steps, 4))
     logger.warning(
@@ -161,7 +163,7 @@ def _confirmed(
     for factor in PROBE_FACTORS:
         rewind()
         rate = curve.suggestion * factor
-        peak = rate * math.sqrt(max(curve.training_steps / steps, 1.0))
+        peak = rate * max(curve.training_steps / steps, 1.0) ** 0.25
         notes = rehearse(
             trainer, optimizer, LossNotes([peak * share for share in shape], eval_batches, lambda losses: False)
         )

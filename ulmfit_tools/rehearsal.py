@@ -35,6 +35,7 @@ class LossNotes(TrainerCallback):
         self.updates = 0
         self.stopped = "end"
         self.training_steps = 0
+        self.rate_share = 1.0
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
         """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
@@ -134,6 +135,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) ->
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         swept: Any = rehearsal.optimizer if optimizer is None else optimizer
         head, last = head_rate(trainer, swept), len(notes.rates) - 1
+        notes.rate_share = rate_share(trainer, swept, head)
         rehearsal.lr_scheduler = LambdaLR(swept, lambda step: notes.rates[min(step, last)] / head)
         return rehearsal.lr_scheduler
 
@@ -178,3 +180,21 @@ def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
     if not rate > 0:
         raise InputError(f"The range test multiplies the trainer's rates, so they must not be 0. Received: {rate}")
     return rate
+
+
+def rate_share(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
+    """The root mean square, over the layer groups that train, of the rate as a share of the head's; 1 for one rate.
+
+    A parameter's rate is that of its optimizer group; where a layer group has several, the highest counts.
+    """
+    model: Any = trainer.model
+    rates = {
+        id(parameter): float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    shares = []
+    for group in layer_groups(model):
+        own = [rates[id(p)] for p in group.parameters(model) if p.requires_grad and id(p) in rates]
+        shares += [max(own) / head] if own else []
+    return math.sqrt(sum(share**2 for share in shares) / len(shares)) if shares else 1.0

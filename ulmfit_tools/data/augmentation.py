@@ -39,8 +39,8 @@ class Augmentation:
     which they stand here, and what is masked is a share of what is left.
 
     The default drops a tenth: it needs no mask token, and a tenth is the rate that the code of Wei & Zou 2019 (EDA,
-    arXiv:1901.11196) has for each of its operations. Pretrained transformers gain less from such changes than models that
-    are trained from nothing (Longpre et al. 2020, arXiv:2010.01764), so compare with a run without.
+    arXiv:1901.11196) has for each of its operations. Pretrained transformers gain less from such changes than models
+    that are trained from nothing (Longpre et al. 2020, arXiv:2010.01764), so compare with a run without.
 
     Args:
         swap: The chance of a pair of neighbours to change places. Pairs do not overlap, so it is the share of tokens

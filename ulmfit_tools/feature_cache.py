@@ -19,9 +19,10 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ulmfit_tools.activation_store import DTYPES, Entry
-from ulmfit_tools.data.numbered_rows import ROW, numbered
+from ulmfit_tools.data.numbered_rows import ROW
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.freeze_boundary import CannotPrecompute, find_boundary, in_batch, one_token, padded
+from ulmfit_tools.freezing import keep_in_eval_mode
 from ulmfit_tools.frozen_pass import CacheReport, FrozenPass, Source, slices
 
 __all__ = ["CacheReport", "CannotPrecompute", "activation_cache", "precomputed"]
@@ -65,31 +66,29 @@ def precomputed(
         raise InputError(f"dtype is one of auto, {', '.join(DTYPES)}.{nearest(dtype, DTYPES)} Received: {dtype!r}")
     _check_trainer(trainer)
     model: Any = trainer.model
-    before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator, trainer.args.remove_unused_columns
+    before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator
     evaluated = before[1] if isinstance(before[1], dict) else {None: before[1]}
-    given = [data for data in (before[0], *evaluated.values()) if data is not None]
+    given = [data for data in (before[0], *evaluated.values()) if data is not None and has_length(data)]
     sources = [Source(data, trainer) for data in given]
     frozen_pass = FrozenPass(trainer, find_boundary(model), sources, Path(cache_dir))
     report = frozen_pass.make(dtype, [find_boundary(model, trainable) for trainable in to_come])
-    collator = _Collator(sources, frozen_pass.entries, frozen_pass.form)
-    rows = {id(data): collator.rows(number) for number, data in enumerate(given)}
-    swapped = {name: rows.get(id(data)) for name, data in evaluated.items()}
+    collator = _Collator(before[2], sources, frozen_pass.entries, frozen_pass.form)
+    rows: dict[int, Any] = {id(data): collator.rows(number) for number, data in enumerate(given)}
+    swapped = {name: rows.get(id(data), data) for name, data in evaluated.items()}
     keeper = _Keeper(frozen_pass, collator)
     hook = model.register_forward_pre_hook(keeper.hand_over, with_kwargs=True)
     try:
         trainer.train_dataset = rows[id(before[0])]
         trainer.eval_dataset = swapped if isinstance(before[1], dict) else swapped[None]
         trainer.data_collator = collator
-        trainer.args.remove_unused_columns = False  # the rows have been rid of them
         trainer.add_callback(keeper)
-        frozen_pass.replay.install()
+        keeper.begin()
         yield report
     finally:
+        keeper.end()
         hook.remove()
-        frozen_pass.replay.remove()
         trainer.remove_callback(keeper)
-        trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = before[:3]
-        trainer.args.remove_unused_columns = before[3]
+        trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = before
 
 
 def activation_cache() -> Path:
@@ -104,6 +103,8 @@ def _check_trainer(trainer: Trainer) -> None:
         raise CannotPrecompute("Activations are precomputed in one process or with DDP, one GPU for each process")
     if trainer.args.torch_compile:
         raise CannotPrecompute("A compiled model does not run from activations: leave torch_compile out")
+    if trainer.model_init is not None:
+        raise CannotPrecompute("model_init makes a new model for each training, and activations belong to one")
     if trainer.train_dataset is None or not has_length(trainer.train_dataset):
         raise CannotPrecompute("Activations are kept by row, so the training data needs numbered rows and a length")
     if getattr(trainer.data_collator, "augments", False):
@@ -113,13 +114,17 @@ def _check_trainer(trainer: Trainer) -> None:
 class _Collator:
     """Batches for the replay: the model's inputs with the rows' activations, and the rows' numbers.
 
+    Rows of other datasets, whose activations nobody has kept, get the batches of the trainer's own collator.
+
     Args:
+        collate: The trainer's own collator.
         sources: The datasets.
         entries: The activations of each.
         form: "vector": batches have one token a row, the one that is read; "sequence": all of them.
     """
 
-    def __init__(self, sources: Sequence[Source], entries: Sequence[Entry], form: str) -> None:
+    def __init__(self, collate: Any, sources: Sequence[Source], entries: Sequence[Entry], form: str) -> None:
+        self._collate = collate
         self.sources = sources
         self.entries = entries
         self.replays = True
@@ -128,16 +133,15 @@ class _Collator:
             [_read_tokens(*pair) for pair in zip(sources, entries, strict=True)] if form == "vector" else []
         )
 
-    def rows(self, number: int) -> Any:
-        """A dataset in the place of the source of this number, whose rows know their own."""
-        source, first = self.sources[number], int(self._first_rows[number])
-        if self._batches:
-            return _RowNumbers(first, source.lengths, source.counted)
-        return numbered(source.rows, first)
+    def rows(self, number: int) -> "_RowNumbers":
+        """What stands for the rows of the source of this number."""
+        return _RowNumbers(self.sources[number], int(self._first_rows[number]))
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of rows of one source."""
-        numbers = torch.tensor([feature[ROW] for feature in features])
+    def __call__(self, features: list[Any]) -> Any:
+        """A batch of rows of one source, given by their numbers, or of other rows."""
+        if not isinstance(features[0], _RowNumber):
+            return self._collate(features)
+        numbers = torch.tensor(features)
         if not self.replays:
             return self.own_batch(numbers)
         place, rows = self._find(numbers)
@@ -145,7 +149,7 @@ class _Collator:
         if self._batches:
             batch = {name: values[rows] for name, values in self._batches[place].items()}
             return {**batch, ROW: numbers, ACTIVATIONS: activations[:, None]}
-        batch = self.sources[place].collate([{k: v for k, v in row.items() if k != ROW} for row in features])
+        batch = self.sources[place].batch(rows.tolist())
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         return {**batch, ROW: numbers, ACTIVATIONS: padded(activations, mask)}
 
@@ -171,36 +175,62 @@ def _read_tokens(source: Source, entry: Entry) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class _RowNumbers(Dataset):
-    """Numbers in the place of rows; what samplers count in a row has its length and nothing else."""
+class _RowNumber(int):
+    """A row's number, in the place of the row."""
 
-    def __init__(self, first: int, lengths: np.ndarray, counted: str) -> None:
-        self.first, self.lengths, self.counted = first, lengths.tolist(), counted
+
+class _RowNumbers(Dataset):
+    """Row numbers in the place of rows: all that a data loader takes out of it.
+
+    To a sampler, which looks at rows one by one, each of them has the length of the row and nothing else.
+    """
+
+    def __init__(self, source: Source, first: int) -> None:
+        self._source = source
+        self._numbers = [_RowNumber(first + row) for row in range(len(source))]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._numbers)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {self.counted: range(self.lengths[row]), ROW: self.first + row}
+        return {self._source.counted: range(self._source.sampled_lengths[row])}
+
+    def __getitems__(self, rows: Sequence[int]) -> list[_RowNumber]:
+        return [self._numbers[row] for row in rows]
 
 
 class _Keeper(TrainerCallback):
-    """Hands the activations of a batch to the replay, and ends the replay when the frozen layers move."""
+    """Hands the activations of a batch to the replay, and ends the replay when the frozen layers move.
+
+    The embeddings still run meanwhile. They stay in eval mode, so that they draw no random numbers for dropout.
+    """
 
     def __init__(self, frozen_pass: FrozenPass, collator: _Collator) -> None:
         self._pass = frozen_pass
         self._collator = collator
+        still_run = {*frozen_pass.boundary.steps} - {*frozen_pass.boundary.blocks}
+        self._modules = [name for name, _ in frozen_pass.model.named_modules() if name in still_run]
         parameters = frozen_pass.model.named_parameters()
         self._frozen = [parameter for name, parameter in parameters if frozen_pass.boundary.holds(name)]
         self._key = frozen_pass.weights_key(frozen_pass.boundary)
+
+    def begin(self) -> None:
+        """Put the replay into the place of the frozen layers."""
+        self._pass.replay.install()
+        self._release = keep_in_eval_mode(self._pass.model, self._modules)
+
+    def end(self) -> None:
+        """Give the frozen layers their own forward and mode back."""
+        if self._collator.replays:
+            self._collator.replays = False
+            self._pass.replay.remove()
+            self._release()
 
     def hand_over(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model's forward: takes out of the batch what is not the model's."""
         activations, numbers = kwargs.pop(ACTIVATIONS, None), kwargs.pop(ROW, None)
         if self._collator.replays:
-            if activations is None:
-                raise CannotPrecompute("A batch without activations came to a model whose frozen layers stand still")
-            self._pass.replay.activations = activations
+            self._pass.replay.activations = None if activations is None else activations.to(self._pass.dtype)
         elif activations is not None:  # it was collated before the replay ended
             own = self._collator.own_batch(numbers.cpu())
             kwargs |= {name: own[name].to(numbers.device) for name in own.keys() & kwargs.keys()}
@@ -218,10 +248,10 @@ class _Keeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Looks whether a layer of the frozen part trains now."""
-        if self._collator.replays and any(parameter.requires_grad for parameter in self._frozen):
+        if any(parameter.requires_grad for parameter in self._frozen):
             self._drop("Layers of the frozen part were thawed")
 
     def _drop(self, why: str) -> None:
-        logger.warning(f"{why}: training goes on through the layers, without precomputed activations.")
-        self._collator.replays = False
-        self._pass.replay.remove()
+        if self._collator.replays:
+            logger.warning(f"{why}: training goes on through the layers, without precomputed activations.")
+        self.end()

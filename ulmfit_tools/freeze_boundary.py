@@ -6,7 +6,7 @@ a row does not change while these layers stay frozen, so it can be computed once
 The model stays whole and runs its own `forward`, in which the frozen blocks do no work: those before the boundary hand
 on what they were given, and the boundary hands on what it put out before (the *replay*). Masks, positions and all that
 the layers above read are made by the model's own code from the model's own inputs, so this holds for any architecture
-whose blocks form a chain, and `check_replay` finds the others out.
+whose blocks form a chain, and `replay_check` finds the others out.
 """
 
 from collections import Counter
@@ -22,9 +22,6 @@ from ulmfit_tools.errors import InputError
 from ulmfit_tools.execution_steps import execution_steps
 
 Batch = Mapping[str, torch.Tensor]
-
-TOLERANCE = 1e-4  # of the largest value; float32 sums in another order differ by far less, another input by far more
-NOISE = 1e-6  # of the largest gradient: that of a key's bias is 0 but for the order of additions
 
 
 class CannotPrecompute(InputError):
@@ -120,13 +117,13 @@ def capturing(
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            first = output[0] if type(output) is tuple else output
+            first = output[0] if type(output) in (tuple, list) else output
             if not isinstance(first, torch.Tensor) or first.dim() != 3:
                 raise CannotPrecompute(f"{path} puts out no tensor of the shape (rows, tokens, width)")
             captured[path] = first.detach().requires_grad_() if differentiable else first
             if path == last:
                 raise Enough
-            return (captured[path], *output[1:]) if type(output) is tuple else captured[path]
+            return type(output)((captured[path], *output[1:])) if first is not output else captured[path]
 
         return hook
 
@@ -139,29 +136,36 @@ def capturing(
 
 
 class Replay:
-    """Stands in for the frozen part of a model, between `install` and `remove`.
+    """Stands in for the frozen part of a model, between `install` and `remove`, in batches that have activations.
 
     Args:
         model: The model.
         boundary: Its boundary.
-        lengths: How many elements each frozen block's output has, 0 for a bare tensor; `learn` notes them.
+        like: An other replay of the same model, whose `learn` this one need not repeat.
 
     Attributes:
         calls: How often a forward pass calls each frozen block; `learn` notes it.
-        activations: What the boundary is to put out, shape (rows, tokens, width); set before each forward pass.
+        forms: In what each frozen block gives its output: the type, tuple or list, and its length; None where it is a
+            bare tensor. `learn` notes them.
+        activations: What the boundary is to put out, shape (rows, tokens, width); set before each forward pass. Where
+            it is None, the layers themselves run.
     """
 
-    def __init__(self, model: nn.Module, boundary: Boundary, lengths: dict[str, int] | None = None) -> None:
+    def __init__(self, model: nn.Module, boundary: Boundary, like: "Replay | None" = None) -> None:
         self.model = model
         self.boundary = boundary
         self.activations: torch.Tensor | None = None
-        self.lengths = {} if lengths is None else lengths
-        self.calls: Counter[str] = Counter()
+        self.forms: dict[str, tuple[type, int] | None] = {} if like is None else like.forms
+        self.calls: Counter[str] = Counter() if like is None else like.calls
+        self._own: dict[str, Any] = {}  # what a wrapper has put into the place of a block's forward
 
     def install(self) -> None:
         """Replace the forward of the frozen blocks."""
         for path in self.boundary.blocks:
-            self.model.get_submodule(path).forward = self._stand_in(path)
+            block = self.model.get_submodule(path)
+            if "forward" in vars(block):
+                self._own[path] = block.forward
+            block.forward = self._stand_in(path, block.forward)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -176,7 +180,10 @@ class Replay:
     def remove(self) -> None:
         """Give the frozen blocks their own forward back."""
         for path in self.boundary.blocks:
-            vars(self.model.get_submodule(path)).pop("forward", None)
+            block = self.model.get_submodule(path)
+            vars(block).pop("forward", None)
+            if path in self._own:
+                block.forward = self._own.pop(path)
 
     def learn(self, batch: Batch) -> torch.Tensor:
         """Run the layers themselves on a batch, and note in which form each frozen block gives its output.
@@ -188,7 +195,7 @@ class Replay:
         for path in self.boundary.blocks:
 
             def note(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-                self.lengths[path] = len(output) if isinstance(output, tuple) else 0
+                self.forms[path] = (type(output), len(output)) if type(output) in (tuple, list) else None
                 self.calls[path] += 1
 
             handles.append(self.model.get_submodule(path).register_forward_hook(note))
@@ -202,100 +209,18 @@ class Replay:
             raise CannotPrecompute(f"{self.boundary.path} is not called in the forward pass")
         return captured[self.boundary.path]
 
-    def _stand_in(self, path: str) -> Any:
+    def _stand_in(self, path: str, own: Any) -> Any:
         is_last = path == self.boundary.path
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
-            hidden = self.activations if is_last else given[0]
-            length = self.lengths[path]
-            return (hidden, *[None] * (length - 1)) if length else hidden
+            if self.activations is None:
+                return own(*args, **kwargs)
+            given = (value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor))
+            hidden = self.activations if is_last else next(given)
+            form = self.forms[path]
+            return hidden if form is None else form[0]((hidden, *[None] * (form[1] - 1)))
 
         return forward
-
-
-# ---- Is it the same? -----------------------------------------------------------------------------------------------
-
-
-def check_replay(replay: Replay, batch: Batch, cached: torch.Tensor, replay_batch: Batch | None = None) -> None:
-    """Compare logits and gradients of the layers themselves with those of the replay, in eval mode.
-
-    Args:
-        replay: The replay, not installed; it knows the form of the outputs.
-        batch: The model's inputs without labels.
-        cached: What left the boundary for these rows in other batches, put together as the replay gets it.
-        replay_batch: The inputs for the replay, where they are others.
-
-    Raises:
-        CannotPrecompute: They differ.
-    """
-    model = replay.model
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with in_eval_mode(model):
-        direct = _logits_and_gradients(model, batch, parameters)
-        try:
-            with replay.installed():
-                replay.activations = cached
-                replayed = _logits_and_gradients(model, batch if replay_batch is None else replay_batch, parameters)
-        except Exception as error:  # whatever a model makes of a replay that does not suit it
-            line = " ".join(str(error).split())[:200]
-            raise CannotPrecompute(f"{type(model).__name__} does not run from activations: {line}") from error
-    known = [values for values in direct[1:] if values is not None]
-    noise = NOISE * max(float(values.abs().max()) for values in known) if known else 0.0
-    for ours, theirs in zip(replayed, direct, strict=True):
-        if (ours is None) != (theirs is None) or (theirs is not None and _differ(ours, theirs, noise)):
-            raise CannotPrecompute(
-                f"{type(model).__name__} gives other numbers from activations at {replay.boundary.path}: its layers "
-                "hand on more than these"
-            )
-
-
-def _differ(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> bool:
-    return ours.shape != theirs.shape or not bool(
-        ((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max() + noise).item()
-    )
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference as a share of the reference's largest value."""
-    return float((value - reference).abs().max() / reference.abs().max())
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """The logits in a classifier's output."""
-    return output["logits"] if isinstance(output, Mapping) else output[0]
-
-
-def _logits_and_gradients(model: nn.Module, batch: Batch, parameters: list[nn.Parameter]) -> list[Any]:
-    logits = logits_of(model(**batch))
-    # Every logit counts with another weight, so that no two errors cancel out.
-    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).cos().view_as(logits)
-    gradients = torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True)
-    return [logits.detach(), *gradients]
-
-
-def read_positions(model: nn.Module, boundary: Boundary, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What leaves the boundary, and which position of each row the layers above read, where it is one a row.
-
-    It is the one at which the gradient of the logits is not zero; found by autograd, so for any pooling.
-
-    Args:
-        model: The model, in eval mode.
-        boundary: The boundary.
-        batch: The model's inputs without labels.
-
-    Returns:
-        Shape (rows, tokens, width); and shape (rows,), int64, or None where a row reads several positions or none.
-    """
-    with torch.enable_grad(), capturing(model, [boundary.path], differentiable=True) as captured:
-        logits = logits_of(model(**batch))
-        hidden = captured[boundary.path]
-        weights = torch.linspace(1, 2, logits.numel(), device=logits.device, dtype=logits.dtype).view_as(logits)
-        gradient = torch.autograd.grad((logits * weights).sum(), hidden, allow_unused=True)[0]
-    if gradient is None:
-        return hidden.detach(), None
-    read = gradient.abs().sum(-1) > 0
-    return hidden.detach(), read.int().argmax(1) if bool((read.sum(1) == 1).all()) else None
 
 
 # ---- Rows with and without padding ---------------------------------------------------------------------------------
@@ -333,14 +258,3 @@ def one_token(batch: Batch, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     return {
         name: value.gather(1, positions[:, None]) if value.shape == shape else value for name, value in batch.items()
     }
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,22 +1,21 @@
 """The one pass over the frozen layers: which rows, in which form, from which weights, and into which entries."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, __version__
 
 from ulmfit_tools.activation_store import Entry, build, check_room, content_key, locked
-from ulmfit_tools.data.numbered_rows import used_columns
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freeze_boundary import (
     Boundary,
@@ -24,84 +23,21 @@ from ulmfit_tools.freeze_boundary import (
     Enough,
     Replay,
     capturing,
-    check_replay,
     in_batch,
-    in_eval_mode,
     in_row,
-    logits_of,
     one_token,
     padded,
-    read_positions,
-    relative_error,
 )
+from ulmfit_tools.replay_check import check_replay, in_eval_mode, logits_of, read_positions, relative_error
+from ulmfit_tools.row_source import Batch, Source, slices
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, torch.Tensor]
-
 _TOKENS_AT_ONCE = 8192  # that go through the frozen layers together: enough to keep any device busy
 _PROBE_ROWS = 8
+# Of a model's configuration: the labels, and what a first loss and a first saving write into it.
+_NOT_THE_LAYERS = {"id2label", "label2id", "problem_type", "architectures", "dtype", "_name_or_path", "use_cache"}
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-class Source:
-    """A dataset as the model sees it: its rows, collated.
-
-    Args:
-        dataset: The rows.
-        trainer: Whose collator, labels and model they are for.
-    """
-
-    def __init__(self, dataset: Any, trainer: Trainer) -> None:
-        self.collate: Callable[[list[Any]], Any] = trainer.data_collator
-        self.label_names = set(trainer.label_names)
-        self.counted = getattr(trainer.processing_class, "model_input_names", ["input_ids"])[0]
-        self.rows = used_columns(dataset, trainer)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The collated batch of some rows."""
-        return dict(self.collate([self.rows[int(row)] for row in rows]))
-
-    def inputs(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The model's inputs of some rows: without labels, with an attention mask.
-
-        Raises:
-            CannotPrecompute: The batches have no `input_ids` of the shape (rows, tokens).
-        """
-        batch = {name: value for name, value in self.batch(rows).items() if name not in self.label_names}
-        if not isinstance(batch.get("input_ids"), torch.Tensor) or batch["input_ids"].dim() != 2:
-            raise CannotPrecompute("The batches have no input_ids of the shape (rows, tokens)")
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-        return batch
-
-    @functools.cached_property
-    def _read(self) -> tuple[np.ndarray, str]:
-        lengths, digests = [], []
-        for rows in slices(np.arange(len(self)), 1000):
-            batch = self.inputs(rows)
-            mask = batch["attention_mask"].bool()
-            lengths.append(mask.sum(1).numpy().astype(np.int32))
-            kept = {name: value[mask] if value.shape[:2] == mask.shape else value for name, value in batch.items()}
-            digests.append(content_key(*(part for item in sorted(kept.items()) for part in item)))
-        return np.concatenate(lengths), content_key(digests)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """How many tokens each row has, by its attention mask; shape (rows,)."""
-        return self._read[0]
-
-    @property
-    def fingerprint(self) -> str:
-        """What the rows' inputs are, padding and labels aside."""
-        return f"{self._read[1]} {content_key(self.lengths)}"
-
-    @functools.cached_property
-    def order(self) -> np.ndarray:
-        """The rows from the longest to the shortest."""
-        return np.argsort(-self.lengths, kind="stable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +78,7 @@ class FrozenPass:
         form: "vector" or "sequence"; settled by `make`.
         entries: One for each source; complete after `make`.
         replay: What runs the model from them.
+        dtype: The type in which the layers give them.
     """
 
     def __init__(self, trainer: Trainer, boundary: Boundary, sources: Sequence[Source], cache_dir: Path) -> None:
@@ -156,6 +93,7 @@ class FrozenPass:
         self.replay = Replay(self.model, boundary)
         self.form = "sequence"
         self.entries: list[Entry] = []
+        self.dtype = torch.float32
         self._digests: dict[str, str] = {}  # of the frozen tensors; they do not change while this is used
 
     def weights_key(self, boundary: Boundary) -> str:
@@ -167,7 +105,8 @@ class FrozenPass:
         frozen = {name: digest for name, digest in self._digests.items() if boundary.holds(name)}
         config: Any = getattr(self.model, "config", None)
         described = {} if config is None else config.to_dict()
-        kept = {key: value for key, value in described.items() if key not in ("id2label", "label2id", "_name_or_path")}
+        kept = {key: value for key, value in described.items() if key not in _NOT_THE_LAYERS}
+        kept["attention"] = getattr(config, "_attn_implementation", None)  # there is no public name for it
         setting = [kept, self.args.bf16, self.args.fp16, self.args.device.type, torch.__version__, __version__]
         return content_key(type(self.model).__name__, setting, frozen)
 
@@ -179,12 +118,13 @@ class FrozenPass:
             raise CannotPrecompute("The collator gives another batch for the same rows each time, so nothing is kept")
         self._settle_form(source, rows)
         vectors, at = self._vectors(source, rows, [self.boundary])[0]
-        dtype = _DTYPE_NAMES.get(vectors[0].dtype, "float32") if dtype == "auto" else dtype
+        self.dtype = vectors[0].dtype
+        dtype = _DTYPE_NAMES.get(self.dtype, "float32") if dtype == "auto" else dtype
         error = self._storage_error(source, rows, vectors, at, dtype)
         width = vectors[0].shape[-1]
         self.entries = [self._entry(self.boundary, source, self.form, width, dtype) for source in self.sources]
         nbytes = sum(entry.nbytes for entry in self.entries)
-        reused = all(entry.is_complete for entry in self.entries)
+        reused = broadcast_object_list([all(entry.is_complete for entry in self.entries)])[0]  # one look for all
         even = self._break_even(source)
         size = f"{nbytes / 2**20:,.1f} MiB of {dtype} ({self.form}s)"
         if reused:
@@ -228,13 +168,11 @@ class FrozenPass:
             hidden = self.replay.learn(together)
             if hidden.shape[:2] != together["input_ids"].shape:
                 raise CannotPrecompute(f"{self.boundary.path} does not put out one vector for each token")
-            # The activations come from batches of other rows, padded otherwise, as they do in training.
-            vectors: list[Any] = [None] * len(rows)
-            for part in (slice(0, None, 2), slice(1, None, 2)):
-                if len(rows[part]):
-                    vectors[part] = self._vectors(source, rows[part], [self.boundary], autocast=False)[0][0]
+            # In training they come from batches of other rows, padded otherwise: here, without any padding at all.
+            alone = [self._vectors(source, rows[i : i + 1], [self.boundary], autocast=False) for i in range(len(rows))]
+            vectors = [found[0][0][0] for found in alone]
             _, positions = read_positions(self.model, self.boundary, together)
-        if positions is not None:
+        if positions is not None and not self._inputs_are_read():
             at = in_row(positions, together["attention_mask"])
             ones = torch.stack([vector[i] for vector, i in zip(vectors, at, strict=True)])[:, None]
             try:
@@ -244,6 +182,10 @@ class FrozenPass:
             except CannotPrecompute:
                 pass  # it reads more of the batch than that token
         check_replay(self.replay, together, padded(torch.cat(vectors), together["attention_mask"]))
+
+    def _inputs_are_read(self) -> bool:
+        """Whether something beside the model reads the batches, which have one token a row in the vector form."""
+        return self.args.include_num_input_tokens_seen != "no" or "inputs" in self.args.include_for_metrics
 
     def _storage_error(
         self, source: Source, rows: np.ndarray, vectors: list[torch.Tensor], at: list[int], dtype: str
@@ -334,11 +276,14 @@ class FrozenPass:
                 bar.total = parts
                 bar.update(done - bar.n)
 
-            rank, world, wait = self.args.process_index, self.args.world_size, self.accelerator.wait_for_everyone
-            build(entries, source.order, compute, rank=rank, world_size=world, barrier=wait, on_part=show)
+            rank, world = self.args.process_index, self.args.world_size
+            with _all_or_none() as barrier:
+                build(entries, source.order, compute, rank=rank, world_size=world, barrier=barrier, on_part=show)
 
     def _find_lower(self, source: Source, pairs: list[tuple[Boundary, Entry]]) -> tuple[Boundary, Entry] | None:
         """The highest boundary below the ones to be made whose activations are there: the pass can begin at it."""
+        if pairs[0][1].dtype != _DTYPE_NAMES.get(self.dtype, "float32"):
+            return None  # rounded on the way in, it would be rounded again on the way out
         lowest = min((boundary for boundary, _ in pairs), key=lambda boundary: len(boundary.blocks))
         for count in range(len(lowest.blocks) - 1, 0, -1):
             below = lowest.cut(count)
@@ -364,7 +309,7 @@ class FrozenPass:
         inputs = self._to_device(source.inputs(rows))
         mask = inputs["attention_mask"].bool()
         ours = [boundary.path == self.boundary.path and self.form == "vector" for boundary in boundaries]
-        replay = None if lower is None else Replay(self.model, lower[0], self.replay.lengths)
+        replay = None if lower is None else Replay(self.model, lower[0], like=self.replay)
         highest = max(boundaries, key=lambda boundary: len(boundary.blocks)).path
         last = highest if self.replay.calls[highest] == 1 else None
         with (
@@ -401,10 +346,24 @@ class FrozenPass:
             logger.warning(line)
 
 
-def slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The rows, so many at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+@contextmanager
+def _all_or_none() -> Iterator[Callable[[], None]]:
+    """Yields a barrier of all processes that raises in each of them the `CannotPrecompute` that was raised in one."""
+    told = False
+
+    def barrier(failure: str = "") -> None:
+        nonlocal told
+        failures = [line for line in gather_object([failure]) if line]
+        if failures:
+            told = True
+            raise CannotPrecompute(failures[0])
+
+    try:
+        yield barrier
+    except CannotPrecompute as error:
+        if not told:
+            barrier(str(error))
+        raise
 
 
 def _equal(one: Batch, other: Batch) -> bool:

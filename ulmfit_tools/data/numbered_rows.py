@@ -35,7 +35,12 @@ def used_columns(rows: Any, trainer: Trainer) -> Any:
     """The rows without the columns that a trainer with `remove_unused_columns` would take away."""
     if not isinstance(rows, datasets.Dataset) or not trainer.args.remove_unused_columns:
         return rows
+    read = used_names(trainer)
+    return rows.remove_columns([name for name in rows.column_names if name not in read])
+
+
+def used_names(trainer: Trainer) -> set[str]:
+    """The names that a trainer with `remove_unused_columns` leaves in a row."""
     model: Any = trainer.model
     base = getattr(model, "get_base_model", lambda: model)()  # under PEFT, whose own forward names fewer inputs
-    read = {*inspect.signature(base.forward).parameters, *trainer.label_names, "label", "label_ids"}
-    return rows.remove_columns([name for name in rows.column_names if name not in read])
+    return {*inspect.signature(base.forward).parameters, *trainer.label_names, "label", "label_ids"}

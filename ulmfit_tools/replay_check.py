@@ -1,0 +1,106 @@
+"""Whether a model gives the same numbers from the activations of its frozen part, and what of them it reads."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulmfit_tools.freeze_boundary import Batch, Boundary, CannotPrecompute, Replay, capturing
+
+# Of the largest value: sums in another order differ by far less, another input by far more.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+NOISE = 1e-2  # of that, and of the largest gradient: that of a key's bias is 0 but for the order of additions
+
+
+def check_replay(replay: Replay, batch: Batch, cached: torch.Tensor, replay_batch: Batch | None = None) -> None:
+    """Compare logits and gradients of the layers themselves with those of the replay, in eval mode.
+
+    Args:
+        replay: The replay, not installed; it knows the form of the outputs.
+        batch: The model's inputs without labels.
+        cached: What left the boundary for these rows in other batches, put together as the replay gets it.
+        replay_batch: The inputs for the replay, where they are others.
+
+    Raises:
+        CannotPrecompute: They differ.
+    """
+    model = replay.model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with in_eval_mode(model):
+        direct = _logits_and_gradients(model, batch, parameters)
+        try:
+            with replay.installed():
+                replay.activations = cached
+                replayed = _logits_and_gradients(model, batch if replay_batch is None else replay_batch, parameters)
+        except Exception as error:  # whatever a model makes of a replay that does not suit it
+            line = " ".join(str(error).split())[:200]
+            raise CannotPrecompute(f"{type(model).__name__} does not run from activations: {line}") from error
+    known = [values for values in direct[1:] if values is not None]
+    noise = NOISE * TOLERANCE[direct[0].dtype] * max((float(values.abs().max()) for values in known), default=0.0)
+    for ours, theirs in zip(replayed, direct, strict=True):
+        if (ours is None) != (theirs is None) or (theirs is not None and _differ(ours, theirs, noise)):
+            raise CannotPrecompute(
+                f"{type(model).__name__} gives other numbers from activations at {replay.boundary.path}: its layers "
+                "hand on more than these, or something else where a batch is padded otherwise"
+            )
+
+
+def _differ(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> bool:
+    return ours.shape != theirs.shape or not bool(
+        ((ours - theirs).abs().max() <= TOLERANCE[theirs.dtype] * theirs.abs().max() + noise).item()
+    )
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference as a share of the reference's largest value."""
+    return float((value - reference).abs().max() / reference.abs().max())
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in a classifier's output."""
+    return output["logits"] if isinstance(output, Mapping) else output[0]
+
+
+def _logits_and_gradients(model: nn.Module, batch: Batch, parameters: list[nn.Parameter]) -> list[Any]:
+    logits = logits_of(model(**batch))
+    # Every logit counts with another weight, so that no two errors cancel out.
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).cos().view_as(logits)
+    gradients = torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True)
+    return [logits.detach(), *gradients]
+
+
+def read_positions(model: nn.Module, boundary: Boundary, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What leaves the boundary, and which position of each row the layers above read, where it is one a row.
+
+    It is the one at which the gradient of the logits is not zero; found by autograd, so for any pooling.
+
+    Args:
+        model: The model, in eval mode.
+        boundary: The boundary.
+        batch: The model's inputs without labels.
+
+    Returns:
+        Shape (rows, tokens, width); and shape (rows,), int64, or None where a row reads several positions or none.
+    """
+    with torch.enable_grad(), capturing(model, [boundary.path], differentiable=True) as captured:
+        logits = logits_of(model(**batch))
+        hidden = captured[boundary.path]
+        weights = torch.linspace(1, 2, logits.numel(), device=logits.device, dtype=logits.dtype).view_as(logits)
+        gradient = torch.autograd.grad((logits * weights).sum(), hidden, allow_unused=True)[0]
+    if gradient is None:
+        return hidden.detach(), None
+    read = gradient.abs().sum(-1) > 0
+    return hidden.detach(), read.int().argmax(1) if bool((read.sum(1) == 1).all()) else None
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from architectures import tiny_model
+from datasets import Dataset
 from runs import make_trainer
 from tiny import pad_rows, ragged_rows, tiny_bert
 from transformers import (
@@ -377,3 +379,15 @@ class TestUpstream:
         source = inspect.getsource(Trainer._inner_training_loop)
         assert source.index("on_train_begin") < source.index("self._run_epoch(") < source.index("should_training_stop")
         assert list(inspect.signature(Trainer.get_train_dataloader).parameters) == ["self"]
+
+
+def test_labels_reach_a_model_whose_forward_does_not_name_them(tmp_path):
+    model = tiny_model("qwen3_5")
+    assert "labels" not in inspect.signature(model.forward).parameters  # Trainer takes the column away
+    rows = Dataset.from_list(ragged_rows(8, num_labels=model.config.num_labels))
+    args = ULMFiTTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    trainer = ULMFiTTrainer(model, args, train_dataset=rows, eval_dataset=rows, data_collator=pad_rows)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+    asked = ULMFiTTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_names=["other"])
+    assert ULMFiTTrainer(model, asked).label_names == ["other"]

@@ -48,6 +48,7 @@ class ULMFiTTrainer(Trainer):
       the epoch, and evaluates the longest texts first; `predict` gives its rows back in their own order;
     - checkpoints are written whole, and resuming takes the last one that is good;
     - accumulated batches are averaged, where Trainer adds the gradients of most classifiers up;
+    - the column `labels` is kept also for models whose forward does not name it (Qwen3.5);
     - on SIGTERM the run writes a checkpoint after the step and raises `TrainingInterrupted`.
 
     With FSDP, DeepSpeed or XLA, which write a checkpoint from many processes in their own ways, checkpoints are
@@ -78,6 +79,8 @@ class ULMFiTTrainer(Trainer):
         self._staging_root: str | None = None
         self._steps_per_epoch = 0
         super().__init__(model, args or ULMFiTTrainingArguments("tmp_trainer"), **settings)
+        if self.args.label_names is None and not self.label_names:
+            self.label_names = ["labels"]  # some forwards have them among **kwargs, where Trainer does not find them
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and _loss_counts_items(self.model)
         self._passed_optimizer = self.optimizer
         self._keeper = RunKeeper(self)

@@ -59,11 +59,14 @@ def test_fine_tune_in_two_processes(model, data, tmp_path):
 @pytest.mark.slow
 def test_plans_benchmark(model, data, tmp_path):
     flags = ["--model", model, "--dataset", data, "--plans", "baseline", "baseline@1e-4", "--seeds", "1", "2"]
+    flags += ["--train_rows", "40"]
     printed = python(RECIPES / "benchmarks/plans.py", *flags, cwd=tmp_path, COLUMNS="160").stdout
     assert [line.split()[1] for line in printed.splitlines()[-3:-1]] == ["baseline", "baseline@1e-4"]
     records = sorted((tmp_path / "runs/benchmarks/plans").rglob("run.json"))
     rates = [json.loads(record.read_text())["settings"]["learning_rate"] for record in records]
     assert rates == [5e-5, 5e-5, 1e-4, 1e-4]
+    results = [json.loads(record.with_name("results.json").read_text()) for record in records]
+    assert [result["phases"][0]["steps"] for result in results] == [15] * 4  # 3 epochs of 40 rows in batches of 8
 
 
 @pytest.mark.slow

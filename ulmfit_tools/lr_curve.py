@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the rate
-CLEAR, SURE = 2.0, 4.0  # falls of the loss, in standard errors, that count as seen and as certain
+CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 
 
@@ -126,14 +126,22 @@ class LRCurve:
 
     @cached_property
     def turn(self) -> int:
-        """The index from which the loss rises: its lowest, or where nothing clearly falls, the last harmless one."""
+        """The index from which the loss rises: its lowest, or where nothing clearly falls, the last harmless one.
+
+        Among many noisy losses on a level, the lowest may be any of them, and some rate will have a few bad batches in
+        a row. So a rise is one that stands out from the noise of all losses, not only from that of its neighbours, and
+        the lowest is looked for within two decades below it.
+        """
+        smoothed, rates = np.array(self.smoothed), np.array(self.rates)
+        noise = float(np.median(np.abs(np.diff(self.losses)))) * 1.05 * np.sqrt((self._weights**2).sum(1))
+        so_far = np.array([np.median(self.losses[: max(index + 1, 10)]) for index in range(len(rates))])
+        risen = smoothed - so_far > np.maximum(SURE * noise, SMALL * abs(self.level))
+        calm = max(int(np.argmax(risen)) if risen.any() else len(rates), 1)
         if self.clearness >= CLEAR:
-            return self.lowest
-        above = np.array(self.smoothed) - self.level
-        risen = above > np.maximum(CLEAR * np.array(self.standard_errors), SMALL * abs(self.level))
-        end = int(np.argmax(risen)) if risen.any() else len(above)
-        harmless = np.flatnonzero(above[:end] <= SMALL * abs(self.level))
-        return int(harmless[-1]) if harmless.size else max(end - 1, 0)
+            return int(np.argmin(np.where(rates >= rates[calm - 1] / 100, smoothed, math.inf)))
+        above = smoothed[:calm] - float(np.median(self.losses[:calm]))
+        harmless = np.flatnonzero(above <= np.maximum(noise[:calm] / 2, SMALL * abs(self.level)))
+        return int(harmless[-1]) if harmless.size else 0
 
     # What they suggest
 

@@ -8,6 +8,7 @@ the plans run in turn, so a machine that grows slower meanwhile slows all of the
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ulmfit_tools import load_text_classification, run_plan
+from ulmfit_tools.data import TextClassificationData
 
 MODEL = "minilm"
-PLANS = ["baseline", "gradual_unfreezing", "chain_thaw"]
+PLANS = ["baseline", "chain_thaw", "gradual_unfreezing", "fastai_eight_steps"]
 SEEDS = [1, 2, 3]
 
 
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--text_column")
     parser.add_argument("--label_column")
     parser.add_argument("--max_length", type=int)
+    parser.add_argument("--train_rows", type=int, help="train on so many rows, each class in its share; default: all")
     parser.add_argument("--plans", nargs="+", default=PLANS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--output_dir", default="runs/benchmarks/plans")
@@ -41,6 +44,8 @@ def main() -> None:
         data = load_text_classification(
             flags.dataset, text_columns=flags.text_column, label_column=flags.label_column, seed=seed
         )
+        if flags.train_rows is not None:
+            data = with_fewer_rows(data, flags.train_rows, seed)
         for name in flags.plans:
             plan, _, rate = name.partition("@")
             folder = Path(plan).stem + (f"@{rate}" if rate else "")
@@ -61,6 +66,13 @@ def main() -> None:
             print_table(results, flags.dataset)
 
 
+def with_fewer_rows(data: TextClassificationData, rows: int, seed: int) -> TextClassificationData:
+    """The same data with a part of its training rows."""
+    train = data.splits["train"].train_test_split(train_size=rows, stratify_by_column="labels", seed=seed)["train"]
+    splits = type(data.splits)({**data.splits, "train": train})
+    return dataclasses.replace(data, splits=splits, fingerprint=f"{data.fingerprint}-{rows}-{seed}")
+
+
 def print_table(results: dict[str, list], dataset: str) -> None:
     table = Table(title=f"{dataset}: test split, seeds in the order given")
     for column in ("plan", "validation", "test", "each seed", "F1 macro", "training time", "steps"):
@@ -77,7 +89,7 @@ def print_table(results: dict[str, list], dataset: str) -> None:
                 f"{statistics.mean(run.seconds for run in runs):.0f} s",
                 f"{statistics.mean(sum(phase.steps for phase in run.phases) for run in runs):.0f}",
             )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -328,6 +328,58 @@ def test_under_peft_the_batches_have_the_same_columns(tmp_path):
         assert columns() == plain
 
 
+class Rows(torch.utils.data.Dataset):
+    """Rows with a text, which no model reads."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return {**with_text(row), "text": "a text", "length": 4}
+
+
+def with_text(row):
+    return {"input_ids": [CLS, 5 + row, 6, 7, 8, 9, 10, 11, SEP], "attention_mask": [1] * 9, "labels": row % 2}
+
+
+def transformed(columns):
+    """What a dataset with a transform does: only what the transform makes is in the row."""
+    return {name: list(values) for name, values in columns.items() if name in with_text(0)}
+
+
+def batches(trainer):
+    return [[row.tolist() for batch in loader for row in batch["input_ids"]] for loader in loaders(trainer)]
+
+
+def loaders(trainer):
+    return trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+
+
+KINDS = {
+    "a list": lambda: list(map(Rows().__getitem__, range(8))),
+    "a torch dataset": Rows,
+    "a dataset": lambda: datasets.Dataset.from_list(list(map(Rows().__getitem__, range(8)))),
+    "a dataset with a transform": lambda: datasets.Dataset.from_list(
+        list(map(with_text, range(8))),
+    ).with_transform(transformed),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_any_kind_are_augmented_alike(kind, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", dataloader_pin_memory=False, max_steps=2)
+    args.train_sampling_strategy = "sequential"
+    rows = KINDS[kind]()
+    trainer = Trainer(tiny_bert(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
+    plain = [with_text(row)["input_ids"] for row in range(8)]
+    assert batches(trainer) == [plain, plain]
+    alone = [changed(row, ids=ids, types=[0] * 9, seed=42, mask=0.5)["input_ids"] for row, ids in enumerate(plain)]
+    with augmented(trainer, Augmentation(mask=0.5), tiny_tokenizer()):
+        assert batches(trainer) == [alone, plain]
+        trainer.train()
+    assert alone != plain
+
+
 def test_rows_without_numbers_are_refused(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     stream = datasets.Dataset.from_list(ragged_rows()).to_iterable_dataset()

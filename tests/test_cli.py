@@ -1,6 +1,8 @@
 """The command line on a tiny model: what it prints, writes and refuses."""
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 
-from ulmfit_tools import LRCurve
+from ulmfit_tools import LRCurve, cli
 from ulmfit_tools.activation_store import Entry, build
 from ulmfit_tools.cli import main
 
@@ -74,6 +76,8 @@ def test_predict_text_file_and_output(trained, tmp_path, capsys):
     assert rows[0] == "text,label,score"
     assert [row.split(",")[0] for row in rows[1:]] == [text for text, _ in colour_texts(5)]
     assert "exists already" in refused(capsys, "predict", "--model", trained, "--file", texts, "--output", output)
+    nowhere = tmp_path / "nowhere" / "labels.csv"
+    assert "is not a folder" in refused(capsys, "predict", "--model", "no/model", "--file", texts, "--output", nowhere)
 
 
 def test_groups_prints_every_group_with_its_rate(model, capsys):
@@ -97,6 +101,65 @@ def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "exists already" in refused(capsys, *flags)
     assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
+
+
+def test_lr_find_takes_what_train_takes(model, data, tmp_path, capsys):
+    """A config file, evaluation and checkpoints, which it does without, and the loss on the validation split."""
+    config = tmp_path / "find.yaml"
+    config.write_text(f"model: {model}\ndataset: {data}\nuse_cpu: true\nnum_steps: 19\neval_batches: 1\n")
+    curve = tmp_path / "curve.json"
+    flags = ["lr-find", "--config", config, "--json", curve, "--eval_strategy", "epoch", "--eval_on_start", "true"]
+    assert "Received: num_steps=19" in refused(capsys, *flags)
+    flags += ["--num_steps", "20", "--load_best_model_at_end", "true", "--push_to_hub", "true"]
+    assert main([str(flag) for flag in flags]) == 0
+    assert json.loads(curve.read_text())["loss_on"] == "evaluation"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plot", "no/such/curve.png"], "no/such is not a folder"),
+        (["--json", "no/such/curve.json"], "no/such is not a folder"),
+        (["--plot", "curve.xyz"], ".png, .ps.*Received: curve.xyz"),
+        (["--plot", "curve"], ".png, .ps.*Received: curve"),
+        (["--lr_scheduler_kwargs", '{"peak": 1}'], "peak"),
+        (["--lr_scheduler_kwargs", '{"peak"'], "delimiter"),
+        (["--accelerator_config", "no_such.json"], "no_such.json"),
+        (["--deepspeed", "no_such.json"], "deepspeed"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["--eval_bathces", "1"], 'Did you mean "--eval_batches"'),
+    ],
+)
+def test_lr_find_refuses_before_it_loads(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "lr-find", "--model", "no/model", "--dataset", "no_data.csv", "--use_cpu", *flags)
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_lr_find_says_that_matplotlib_is_missing_before_it_loads(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    flags = ["--model", "no/model", "--dataset", "no_data.csv", "--plot", "curve.png"]
+    assert "need matplotlib" in refused(capsys, "lr-find", *flags)
+
+
+def test_lr_find_of_no_training_is_refused(model, data, capsys):
+    flags = ["--model", model, "--dataset", data, "--use_cpu", "--num_train_epochs", "0"]
+    assert "Received: num_train_epochs=0" in refused(capsys, "lr-find", *flags)
+
+
+def interrupted(argv):
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_command_says_what_applies_to_it(capsys, monkeypatch):
+    assert cli.run(interrupted, []) == 130
+    assert capsys.readouterr().err == "ulmfit-tools: interrupted\n"
+    monkeypatch.setattr(cli, "_config_flags", interrupted)
+    for command in (cli.train, functools.partial(cli.train, settings={"plan": "baseline"})):
+        assert cli.run(command, []) == 130
+        assert "--resume goes on" in capsys.readouterr().err
 
 
 def test_config_file_serves_and_flags_win(model, data, tmp_path):
@@ -162,8 +225,6 @@ def test_occupied_folder_is_refused_and_left_alone(trained, model, data, capsys)
     ],
 )
 def test_incomplete_command_says_what_it_needs(capsys, argv, message):
-    import re
-
     assert re.search(message, refused(capsys, *argv))
 
 

@@ -4,14 +4,17 @@ import copy
 import json
 import math
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
+from tiny_text import tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ulmfit_tools import lr_range, rehearsal
+from ulmfit_tools.data.augmentation import Augmentation, augmented
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freezing import freeze_to
 from ulmfit_tools.layers import layer_groups
@@ -156,6 +159,96 @@ def test_with_an_optimizer_and_schedule_that_were_passed(tmp_path):
     assert_same(*ends)
 
 
+def groups_as_lists(model):
+    return [
+        {"params": [*model.bert.parameters()], "lr": 1e-5},
+        {"params": [*model.classifier.parameters()]},  # at the rate of all
+    ]
+
+
+def groups_as_iterators(model):
+    return (
+        group for group in ({"params": model.bert.parameters(), "lr": 1e-5}, {"params": model.classifier.parameters()})
+    )
+
+
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+@pytest.mark.parametrize("make", [groups_as_lists, groups_as_iterators])
+def test_with_parameter_groups_that_were_passed(make, kind, tmp_path):
+    ends = []
+    for tested in (False, True):
+        set_seed(0)
+        model = tiny_bert()
+        given = (torch.optim.AdamW, {"params": make(model), "lr": 1e-3})
+        settings = {"lr_scheduler_type": "constant"}
+        trainer = make_trainer(tmp_path, kind, model, {"optimizer_cls_and_kwargs": given}, **settings)
+        if tested:
+            curve = lr_range_test(trainer, confirm=True, **SHORT)
+            assert curve.rate_share == pytest.approx(((5 * 0.01**2 + 1) / 6) ** 0.5)  # of 6 layer groups
+        ends.append(end_of_training(trainer))
+        assert ends[-1]["rates"] == [1e-5, 1e-3]
+    assert_same(*ends)
+
+
+class Remembering(Trainer):
+    """Draws from a generator of its own, and keeps count in attributes and in an object."""
+
+    def __init__(self, *args, **kwargs):
+        self.gen, self.seen, self.calls = torch.Generator().manual_seed(0), [], 0
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls += 1
+        self.seen.append(loss.item() if isinstance(loss, torch.Tensor) else None)
+        return loss * torch.rand((), generator=self.gen) if isinstance(loss, torch.Tensor) else loss
+
+
+class CountingLoss:
+    """A loss with a state."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.calls.append(len(labels))
+        return torch.nn.functional.cross_entropy(outputs.logits, labels) * (1 + len(self.calls) / 100)
+
+
+class NoisyCollator:
+    """Leaves a random part of each text out."""
+
+    def __init__(self):
+        self.generator, self.calls = np.random.default_rng(0), []
+
+    def __call__(self, rows):
+        self.calls.append(len(rows))
+        kept = self.generator.integers(2, 5)
+        cut = [{k: v if k == "labels" else v[:kept] for k, v in row.items()} for row in rows]
+        return pad_rows(cut)
+
+
+def remembering_trainer(folder):
+    set_seed(0)
+    args = TrainingArguments(output_dir=str(folder), **SETTINGS)
+    loss, collator = CountingLoss(), NoisyCollator()
+    data = {"train_dataset": ragged_rows(64), "data_collator": collator}
+    return Remembering(model=tiny_bert(), args=args, compute_loss_func=loss, **data), loss, collator
+
+
+def test_the_objects_of_the_trainer_stay_as_they_were(tmp_path):
+    without = end_of_training(remembering_trainer(tmp_path)[0])
+    trainer, loss, collator = remembering_trainer(tmp_path)
+    seen, calls = trainer.seen, loss.calls
+    with augmented(trainer, Augmentation(drop=0.1), tiny_tokenizer()):  # its collator holds the trainer's
+        lr_range_test(trainer, confirm=True, **SHORT)
+    lr_range_test(trainer, **SHORT)
+    assert trainer.seen is seen
+    assert loss.calls is calls
+    assert (seen, calls, trainer.calls, collator.calls) == ([], [], 0, [])
+    assert_same(without, end_of_training(trainer))
+
+
 def test_with_a_model_that_the_trainer_makes(tmp_path):
     ends = []
     for tested in (False, True):
@@ -210,11 +303,9 @@ def test_rates_of_the_steps_by_hand():
 
 
 class Watching(Trainer):
-    """Notes the rates of all optimizer groups, and counts batches."""
+    """Notes the rates of all optimizer groups, and counts batches; in its class, as its attributes are put back."""
 
-    def __init__(self, *args, **kwargs):
-        self.seen = []
-        super().__init__(*args, **kwargs)
+    seen: ClassVar = []
 
     def training_step(self, *args, **kwargs):
         self.seen.append([group["lr"] for group in self.optimizer.param_groups])
@@ -223,6 +314,7 @@ class Watching(Trainer):
 
 def watching(folder, **settings):
     args = TrainingArguments(output_dir=str(folder), **SETTINGS | settings)
+    Watching.seen = []
     set_seed(0)
     return Watching(
         model=tiny_bert(),
@@ -342,6 +434,22 @@ def test_the_evaluation_loss_is_the_trainers(tmp_path):
     assert len(curve.rates) == curve.steps
 
 
+def test_evaluation_workers_that_stay_are_not_asked(tmp_path):
+    """Trainer keeps the loader of the last `evaluate`, and private to it: this fails when it is kept elsewhere."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, **workers)
+    trainer.evaluate()
+    loaders = dict(trainer._eval_dataloaders)
+    asked = []
+    step = trainer.prediction_step
+    trainer.prediction_step = lambda *args, **kwargs: asked.append(1) or step(*args, **kwargs)
+    curve = lr_range_test(trainer, eval_batches=1, **SHORT)
+    assert len(asked) == curve.steps + 1 + (
+        curve.stopped == "nan"
+    )  # one batch before the first update, then after each
+    assert trainer._eval_dataloaders == loaders
+
+
 # ---- Confirmation ---------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +528,8 @@ def test_rates_of_the_other_groups_keep_their_ratio(given, name, found, tmp_path
         ({"num_steps": 50.0}, "at least 20 steps"),
         ({"mode": "exponent"}, 'Did you mean "exponential"'),
         ({"eval_batches": -1}, "eval_batches"),
+        ({"eval_batches": 2.0}, "whole number.*Received: eval_batches=2.0"),
+        ({"offload_folder": "no/such/folder"}, "offload_folder.*Received: offload_folder='no/such/folder'"),
     ],
 )
 def test_settings_out_of_range(settings, words, tmp_path):
@@ -436,6 +546,10 @@ def too_small(folder):
     return make_trainer(folder, trainer={"train_dataset": ragged_rows(7)})
 
 
+def without_epochs(folder):
+    return make_trainer(folder, num_train_epochs=0)
+
+
 def without_rows(folder):
     return make_trainer(folder, trainer={"train_dataset": None})
 
@@ -446,6 +560,7 @@ def without_rows(folder):
         (frozen, "no trainable parameters"),
         (too_small, "batch of 8.*Received: 7 rows"),
         (without_rows, "no train_dataset"),
+        (without_epochs, "no steps: raise num_train_epochs.*Received: num_train_epochs=0"),
     ],
 )
 def test_trainers_that_cannot_train(make, words, tmp_path):
@@ -453,7 +568,7 @@ def test_trainers_that_cannot_train(make, words, tmp_path):
         lr_range_test(make(tmp_path))
 
 
-@pytest.mark.parametrize("dataset", [None, {"one": token_rows(8)}])
+@pytest.mark.parametrize("dataset", [None, [], {"one": token_rows(8)}])
 def test_evaluation_rows_that_are_missing(dataset, tmp_path):
     with pytest.raises(InputError, match="eval_dataset"):
         lr_range_test(make_trainer(tmp_path, trainer={"eval_dataset": dataset}), eval_batches=2)

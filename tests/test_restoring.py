@@ -1,15 +1,19 @@
 """A training inside `unchanged` leaves nothing behind, whichever way it ends."""
 
 import copy
+import functools
 import random
+from collections import Counter, deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_bert
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ulmfit_tools.restoring import unchanged
+from ulmfit_tools.restoring import _held, unchanged
 
 
 class WithBuffers(nn.Module):
@@ -185,3 +189,64 @@ def test_configuration_is_put_back():
         model.config.id2label[0] = "changed"
     assert model.config.pad_token_id != 7
     assert model.config.id2label[0] == "LABEL_0"
+
+
+class Box:
+    """Any object, with what it is given as attributes."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def in_a_cycle(noisy):
+    box = Box(noisy=noisy)
+    box.itself = box
+    return box
+
+
+NESTS = {
+    "an attribute of an attribute": lambda noisy: Box(inner=Box(noisy=noisy)),
+    "a cycle": in_a_cycle,
+    "a list and a dictionary": lambda noisy: Box(steps=[Box(), {"noisy": noisy}]),
+    "a method": lambda noisy: Box(collate=noisy.draw),
+    "a partial": lambda noisy: functools.partial(print, noisy, end=""),
+}
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_what_a_holder_holds_is_put_back(nest):
+    noisy, twin = Noisy(), Noisy()
+    with unchanged(nn.Linear(1, 1), holders=[NESTS[nest](noisy)]):
+        noisy.draw()
+    assert noisy.draw() == twin.draw()
+
+
+def test_containers_are_put_back_in_place():
+    def collate():
+        pass
+
+    collate.calls = 0
+    values = {"list": [1, 2], "dict": {"a": 1}, "set": {1}, "deque": deque([1, 2], maxlen=3), "count": Counter("aab")}
+    holder, before = Box(**values, collate=collate, space=SimpleNamespace(calls=0)), copy.deepcopy(values)
+    with unchanged(nn.Linear(1, 1), holders=[holder]):
+        for value in values.values():
+            value.clear()
+        holder.list, holder.new = [], 1
+        holder.space.calls = collate.calls = 1
+    assert values == before
+    assert holder.list is values["list"]
+    assert (holder.space.calls, collate.calls) == (0, 0)
+    assert not hasattr(holder, "new")
+
+
+def test_what_refuses_to_be_changed_is_left_alone():
+    holder = Box(outputs=SequenceClassifierOutput(logits=torch.ones(1)))
+    with unchanged(nn.Linear(1, 1), holders=[holder]):
+        holder.outputs = None
+    assert holder.outputs.logits == 1
+
+
+def test_rows_are_not_looked_at_one_by_one():
+    """A list of a million rows costs a copy of the list; a row that changes is the dataset's own business."""
+    rows = [Box(seen=0) for _ in range(100)]
+    assert len(_held([Box(rows=rows)])) == 2

@@ -7,6 +7,7 @@ exits with 128 + the signal's number, as shells expect.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ _NOT_GIVEN = object()  # a default that no flag can have: which flags were given
 
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+_CONFIG = "YAML file with any of these flags; the command line wins over it."
 
 
 @dataclass
@@ -50,7 +54,7 @@ class _TrainFlags:
     validation_split: float | None = _help("Share of the training rows to validate on where no split is given. 0.1.")
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
     overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
-    config: str | None = _help("YAML file with any of these flags; the command line wins over it.")
+    config: str | None = _help(_CONFIG)
 
 
 @dataclass
@@ -60,8 +64,12 @@ class _RangeFlags:
     num_steps: int = _help("Optimizer steps of the sweep.", 100)
     mode: str = _help("exponential or linear.", "exponential")
     confirm: bool = _help("Also train short probes around the suggestion, and take the best.", False)
-    plot: str | None = _help("Draw the curve into this PNG file.")
+    eval_batches: int = _help(
+        "Take the loss on this many batches of the validation split, not on the training batches.", 0
+    )
+    plot: str | None = _help("Draw the curve into this picture file: .png, .pdf, .svg or what else matplotlib writes.")
     json: str | None = _help("Write the curve into this JSON file.")
+    config: str | None = _help(_CONFIG)
 
 
 @dataclass
@@ -210,44 +218,23 @@ def lr_find(argv: Sequence[str]) -> int:
     """Sweep the learning rate over a few steps and suggest one; any field of TrainingArguments is a flag too."""
     from tempfile import TemporaryDirectory
 
-    from transformers import DataCollatorWithPadding, set_seed
-
-    from ulmfit_tools.data import ensure_padding, load_model_and_tokenizer, load_text_classification, tokenize
     from ulmfit_tools.lr_range import lr_range_test
     from ulmfit_tools.reporting.lr_plot import print_lr_curve, save_lr_curve
-    from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+    from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
     classes = [_ModelFlags, _DataFlags, _RangeFlags, ULMFiTTrainingArguments]
-    given = _parse("lr-find", classes, argv, _first_line(lr_find))
-    model_flags, data_flags, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _RangeFlags))
-    _need("lr-find", model_flags, "model")
-    _need("lr-find", data_flags, "dataset")
-    for path in (flags.plot, flags.json):
-        if path is not None and Path(path).exists():
-            raise InputError(f"{path} exists already: choose another file, nothing was written")
+    given = _parse("lr-find", classes, [*_config_flags(argv), *argv], _first_line(lr_find))
+    model, data, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _RangeFlags))
+    _need("lr-find", model, "model")
+    _need("lr-find", data, "dataset")
+    for path in filter(None, (flags.plot, flags.json)):
+        _check_new_file(path)
+    if flags.plot is not None:
+        _check_picture(flags.plot)
     own = {f.name for c in (_ModelFlags, _DataFlags, _RangeFlags) for f in dataclasses.fields(c)}
+    names = ("start_lr", "end_lr", "num_steps", "mode", "confirm", "eval_batches")
     with TemporaryDirectory() as folder:
-        args = ULMFiTTrainingArguments(**{k: v for k, v in given.items() if k not in own} | {"output_dir": folder})
-        args.dataloader_pin_memory &= args.device.type != "cpu"
-        data = load_text_classification(
-            data_flags.dataset,
-            text_columns=_columns(data_flags.text_column),
-            label_column=data_flags.label_column,
-            seed=args.seed,
-        )
-        set_seed(args.seed)
-        model, tokenizer = load_model_and_tokenizer(
-            model_flags.model, label_names=data.label_names, trust_remote_code=model_flags.trust_remote_code
-        )
-        ensure_padding(tokenizer, model)
-        trainer = ULMFiTTrainer(
-            model=model,
-            args=args,
-            train_dataset=tokenize(data, tokenizer, max_length=data_flags.max_length, config=model.config)["train"],
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        names = ("start_lr", "end_lr", "num_steps", "mode", "confirm")
+        trainer = _range_trainer(model, data, {k: v for k, v in given.items() if k not in own}, folder)
         curve = lr_range_test(trainer, **{name: getattr(flags, name) for name in names})
     if _main_process():
         print_lr_curve(curve)
@@ -256,6 +243,61 @@ def lr_find(argv: Sequence[str]) -> int:
         if flags.plot is not None:
             save_lr_curve(curve, flags.plot)
     return 0
+
+
+def _range_trainer(model_flags: Any, data_flags: Any, training: Mapping[str, Any], folder: str) -> Any:
+    """The trainer that a range test is for; what it would evaluate, save, push and report is left out."""
+    from transformers import DataCollatorWithPadding, set_seed
+
+    from ulmfit_tools.data import ensure_padding, load_model_and_tokenizer, load_text_classification, tokenize
+    from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+
+    idle = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    idle |= {"push_to_hub": False, "report_to": "none"}
+    try:
+        args = ULMFiTTrainingArguments(**{**training, **idle, "output_dir": folder})
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise InputError(f"lr-find, training arguments: {' '.join(str(error).split())}") from None
+    args.dataloader_pin_memory &= args.device.type != "cpu"
+    data = load_text_classification(
+        data_flags.dataset,
+        text_columns=_columns(data_flags.text_column),
+        label_column=data_flags.label_column,
+        seed=args.seed,
+    )
+    set_seed(args.seed)
+    model, tokenizer = load_model_and_tokenizer(
+        model_flags.model, label_names=data.label_names, trust_remote_code=model_flags.trust_remote_code
+    )
+    ensure_padding(tokenizer, model)
+    splits = tokenize(data, tokenizer, max_length=data_flags.max_length, config=model.config)
+    return ULMFiTTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+
+
+def _check_new_file(path: str) -> None:
+    """Said before the work and not after it: that a file cannot be written."""
+    if Path(path).exists():
+        raise InputError(f"{path} exists already: choose another file, nothing was written")
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path} cannot be written: {folder} is not a folder that may be written to. Make it first")
+
+
+def _check_picture(path: str) -> None:
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise InputError('Plots need matplotlib, which is not installed: pip install "ulmfit-tools[plot]"') from None
+    allowed = [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()]
+    if Path(path).suffix.lower() not in allowed:
+        raise InputError(f"--plot is a picture file, as curve.png: {', '.join(allowed)}. Received: {path}")
 
 
 def groups(argv: Sequence[str]) -> int:
@@ -313,8 +355,8 @@ def predict(argv: Sequence[str]) -> int:
     _need("predict", flags, "model")
     if (flags.text is None) == (flags.file is None):
         raise InputError('predict needs texts: either --text "..." or --file texts.csv')
-    if flags.output is not None and Path(flags.output).exists():
-        raise InputError(f"{flags.output} exists already: choose another --output, nothing was written")
+    if flags.output is not None:
+        _check_new_file(flags.output)
     texts = flags.text if flags.text is not None else read_texts(flags.file, text_columns=_columns(flags.text_column))
     predictions = predict_texts(flags.model, texts, batch_size=flags.batch_size, max_length=flags.max_length)
     if flags.output is None:
@@ -387,7 +429,9 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         print(f"{PROGRAM}: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        trains = getattr(command, "func", command) is train  # a recipe gives it settings of its own, by `partial`
+        hint = "; --resume goes on from the last checkpoint" if trains else ""
+        print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
         return 130
 
 

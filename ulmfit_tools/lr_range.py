@@ -23,7 +23,7 @@ from transformers.trainer_utils import has_length
 from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.lr_curve import LRCurve, Probe, has_diverged
-from ulmfit_tools.rehearsal import LossNotes, rehearse
+from ulmfit_tools.rehearsal import LossNotes, list_parameters, rehearse
 from ulmfit_tools.restoring import unchanged
 from ulmfit_tools.training_args import ULMFiTTrainingArguments
 
@@ -79,11 +79,14 @@ def lr_range_test(
             is not a number before the first update.
     """
     rates = sweep_rates(start_lr, end_lr, num_steps, mode)
-    _check_trainer(trainer, eval_batches)
+    _check_trainer(trainer)
+    _check_evaluation(trainer, eval_batches)
+    if offload_folder is not None and not Path(offload_folder).is_dir():
+        raise InputError(f"offload_folder is a folder that exists. Received: offload_folder={str(offload_folder)!r}")
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    holders = [trainer.data_collator, trainer.train_dataset, trainer.eval_dataset]
+    list_parameters(trainer)
     start = time.perf_counter()
-    with unchanged(_model(trainer), optimizer, holders=holders, offload_folder=offload_folder) as rewind:
+    with unchanged(_model(trainer), optimizer, holders=[trainer], offload_folder=offload_folder) as rewind:
         notes = rehearse(trainer, optimizer, LossNotes(rates, eval_batches, has_diverged))
         measured = len(notes.losses) - 1
         curve = LRCurve(
@@ -200,7 +203,7 @@ def _model(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
-def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
+def _check_trainer(trainer: Trainer) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise InputError(
             "The range test runs in one process or with DDP: with FSDP or DeepSpeed, run it before, alone"
@@ -215,10 +218,17 @@ def _check_trainer(trainer: Trainer, eval_batches: int) -> None:
             f"The training data is smaller than one batch of {batch}: use smaller batches or more rows. "
             f"Received: {len(trainer.train_dataset)} rows"
         )
-    if eval_batches < 0:
-        raise InputError(f"eval_batches counts batches, 0 for none. Received: eval_batches={eval_batches}")
-    if eval_batches and (isinstance(trainer.eval_dataset, dict) or not has_length(trainer.eval_dataset)):
-        found = "none" if trainer.eval_dataset is None else f"a {type(trainer.eval_dataset).__name__}"
+
+
+def _check_evaluation(trainer: Trainer, eval_batches: int) -> None:
+    if not isinstance(eval_batches, int) or eval_batches < 0:
+        raise InputError(
+            f"eval_batches counts batches, a whole number, 0 for none. Received: eval_batches={eval_batches!r}"
+        )
+    dataset: Any = trainer.eval_dataset
+    if eval_batches and (isinstance(dataset, dict) or not has_length(dataset) or not len(dataset)):
+        found = "none" if dataset is None else f"a {type(dataset).__name__}"
+        found += " without rows" if has_length(dataset) and not len(dataset) else ""
         raise InputError(
             "eval_batches takes the loss on the trainer's eval_dataset, one dataset with a length: give it one or "
             f"leave eval_batches out. Received: eval_batches={eval_batches}, eval_dataset: {found}"

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ class LossNotes(TrainerCallback):
     ) -> None:
         """Counts the steps of the planned training, and takes the evaluation loss before any update."""
         self.training_steps = self._trainer.set_initial_training_values(self._planned, train_dataloader)[-1]
+        if self.training_steps < 1:
+            raise InputError(
+                "The range test looks for the rate of a training, and this one has no steps: raise num_train_epochs"
+                f" or max_steps. Received: num_train_epochs={self._planned.num_train_epochs}, "
+                f"max_steps={self._planned.max_steps}"
+            )
         if self.eval_batches:
             self._batches = list(self._trainer.get_eval_dataloader(self._evaluated_rows(args)))
             self._note(self._evaluate(model), control)
@@ -125,6 +131,9 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) ->
     rehearsal: Any = copy.copy(trainer)
     rehearsal.args = _quiet(trainer.args, len(notes.rates))
     rehearsal.create_accelerator_and_postprocess()  # with its own loss scale and lists of what it prepared
+    rehearsal.optimizer_cls_and_kwargs = _own_groups(trainer.optimizer_cls_and_kwargs)
+    # Private to Trainer, which with workers that stay would take the loader of the last `evaluate` for any other rows.
+    rehearsal._eval_dataloaders = {}
     rehearsal.model_init = None  # it would be called again, for the weights that are there already
     rehearsal.optimizer, rehearsal.lr_scheduler = optimizer, None
     rehearsal.control = TrainerControl()
@@ -148,6 +157,32 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) ->
     finally:
         vars(rehearsal).clear()  # the copy's functions hold the copy; what else goes in circles, `train` collects
     return notes
+
+
+def list_parameters(trainer: Trainer) -> None:
+    """Put lists into the place of iterators in a trainer's `optimizer_cls_and_kwargs`, for more than one optimizer.
+
+    An iterator as `model.parameters()` serves once: the next optimizer would train nothing.
+    """
+    settings = trainer.optimizer_cls_and_kwargs[1] if trainer.optimizer_cls_and_kwargs else {}
+    if isinstance(settings.get("params"), Iterator):
+        settings["params"] = list(settings["params"])
+    for group in settings.get("params", []):
+        if isinstance(group, dict) and isinstance(group.get("params"), Iterator):
+            group["params"] = list(group["params"])
+
+
+def _own_groups(given: tuple[type[Optimizer], dict[str, Any]] | None) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """An optimizer's class and settings with parameter groups that may be used up and changed; the given ones stay.
+
+    `Trainer` takes `params` out of the dictionary, and the optimizer and its schedule write into the groups.
+    """
+    if given is None:
+        return None
+    cls, own = given[0], dict(given[1])
+    if "params" in own:
+        own["params"] = [dict(group) if isinstance(group, dict) else group for group in own["params"]]
+    return cls, own
 
 
 def _quiet(args: TrainingArguments, num_steps: int) -> TrainingArguments:

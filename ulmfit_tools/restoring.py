@@ -1,12 +1,15 @@
 """Runs that leave no trace: what a trial training changes in this process is put back to the bit."""
 
 import copy
+import functools
 import random
+import sys
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,9 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 Restore = Callable[[], Any]
 
@@ -35,13 +41,17 @@ def unchanged(
     Args:
         model: The model as it is inside DDP and other wrappers.
         optimizer: An optimizer that exists already. In the block it starts without state, as a new one does.
-        holders: Objects whose own attributes and random generators are put back too: a collator, a dataset.
+        holders: Objects that are put back too, as a trainer with its collator and its datasets, with the Python
+            objects that they hold in turn: their attributes, random generators, lists, dictionaries and sets. Numbers
+            that change inside a tensor or an array are not, nor modules, optimizers, data loaders and callbacks.
         offload_folder: Keep the copy in a temporary file in this folder; by default it is in the host's memory.
 
     Yields:
         A function that goes back to the beginning at once, for another run inside the same block.
     """
-    restores = [_random_numbers(), _gradient_sync(), *map(_attributes, holders), _modules(model), _gradients(model)]
+    held = _held(holders)
+    restores = [_random_numbers(), _gradient_sync(), *map(_in_place, held), *map(_attributes, filter(_is_plain, held))]
+    restores += [_modules(model), _gradients(model)]
     forget: Restore = lambda: None  # noqa: E731
     if optimizer is not None:
         restores.append(_optimizer(optimizer))
@@ -118,23 +128,70 @@ def _optimizer(optimizer: Optimizer) -> Restore:
     return restore
 
 
+# What is handled elsewhere or looks after itself: locks, threads, loggers; Accelerate's state is one for the process.
+_LEFT_ALONE = (nn.Module, Optimizer, LRScheduler, DataLoader, torch.Tensor, TrainerCallback, type, ModuleType)
+_FOREIGN = {*sys.stdlib_module_names, "accelerate"} - {"types", "argparse"}  # these two have namespaces
+_FEW = 32  # elements of a container that are looked at one by one: helpers; more are rows
+
+
+def _held(holders: Iterable[Any]) -> list[Any]:
+    """Some objects and those that they hold, by attributes and in small containers, as far as it goes; each once."""
+    found: dict[int, Any] = {}
+    ahead = list(holders)
+    while ahead:
+        value = ahead.pop()
+        if id(value) not in found and not isinstance(value, _LEFT_ALONE):
+            found[id(value)] = value
+            ahead += _parts(value)
+    return [*found.values()]
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    parts = [*vars(value).values()] if _is_plain(value) else []
+    if isinstance(value, (dict, list, tuple, set, deque)) and len(value) <= _FEW:
+        parts += value.values() if isinstance(value, dict) else value
+    return parts
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a Python object whose attributes are its own business."""
+    own = isinstance(value, FunctionType) or type(value).__module__.partition(".")[0] not in _FOREIGN
+    return own and isinstance(getattr(value, "__dict__", None), dict)
+
+
 def _attributes(holder: Any) -> Restore:
-    """An object's attributes, the contents of those that are dictionaries, the states of those that are generators."""
+    """An object's attributes, and what changes in place in their values."""
     own = getattr(holder, "__dict__", None)
     if not isinstance(own, dict):
         return lambda: None
     kept = dict(own)
-    contents = [(value, dict(value)) for value in kept.values() if isinstance(value, dict)]
-    generators = [_generator(value) for value in kept.values()]
+    restores = [_in_place(value) for value in kept.values()]
 
     def restore() -> None:
-        own.clear()
         own.update(kept)
-        for value, content in contents:
-            value.clear()
-            value.update(content)
-        for restore_one in generators:
+        for name in own.keys() - kept.keys():
+            del own[name]
+        for restore_one in restores:
             restore_one()
+
+    return restore
+
+
+def _in_place(value: Any) -> Restore:
+    """The elements of a container, the state of a random generator; nothing for any other value."""
+    standard = type(value).__module__ in ("builtins", "collections")  # others may refuse to be changed
+    if not standard or not isinstance(value, (dict, list, set, deque)):
+        return _generator(value)
+    kept = dict(value) if isinstance(value, dict) else list(value)
+    add: Any = value.extend if isinstance(value, (list, deque)) else value.update
+
+    def restore() -> None:
+        value.clear()
+        add(kept)
 
     return restore
 

@@ -21,9 +21,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import RemoveColumnsCollator, has_length
 
-from ulmfit_tools.data.numbered_rows import ROW, numbered, used_columns
+from ulmfit_tools.data.numbered_rows import ROW, numbered, used_columns, used_names
 from ulmfit_tools.errors import InputError
 
 _DRAWS = 6  # random numbers for each token, whatever the rates: one rate does not change what another does
@@ -232,7 +232,10 @@ def augmented(trainer: Trainer, augmentation: Augmentation, tokenizer: PreTraine
             f"Received: {type(trainer.train_dataset).__name__}"
         )
     seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-    collator = AugmentingCollator(trainer.data_collator, augmentation, tokenizer, seed)
+    collate = trainer.data_collator
+    if trainer.args.remove_unused_columns:  # from rows of any kind, as Trainer does it; the number is used by then
+        collate = RemoveColumnsCollator(collate, [*used_names(trainer)])
+    collator = AugmentingCollator(collate, augmentation, tokenizer, seed)
     before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator, trainer.args.remove_unused_columns
     teller = _EpochTeller(collator)
     try:

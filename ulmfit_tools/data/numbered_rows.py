@@ -26,7 +26,7 @@ class NumberedRows(Dataset):
 
 def numbered(rows: Any, first: int = 0) -> Any:
     """The rows with a column `ROW`: the numbers from `first` on."""
-    if isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":  # a transform would drop the column
         return rows.add_column(ROW, np.arange(first, first + len(rows)))
     return NumberedRows(rows, first)
 

@@ -456,19 +456,19 @@ def test_evaluation_workers_that_stay_are_not_asked(tmp_path):
 def test_confirmation_says_its_cost_first_and_takes_it(tmp_path, caplog):
     trainer = watching(tmp_path)
     curve = lr_range_test(trainer, confirm=True, **SHORT)
-    assert "3 probes of 16 optimizer steps, 48 more" in caplog.text  # the training has 16 steps
+    assert "3 probes of 8 optimizer steps, 24 more" in caplog.text  # the training has 16 steps
     assert curve.steps == len(trainer.seen)
     assert [probe.rate for probe in curve.probes] == pytest.approx(
-        [factor * curve.probes[1].rate for factor in (0.5, 1, 2)]
+        [factor * curve.probes[1].rate for factor in (0.25, 1, 4)]
     )
     assert curve.suggestion == min(curve.probes, key=lambda probe: probe.loss).rate
 
 
 def test_probes_stand_for_a_longer_training(tmp_path):
-    trainer = watching(tmp_path, max_steps=480)
+    trainer = watching(tmp_path, max_steps=1600)
     curve = lr_range_test(trainer, confirm=True, **SHORT)
-    sweep = curve.steps - 3 * 30
-    peaks = [max(row[-1] for row in trainer.seen[sweep + 30 * i : sweep + 30 * (i + 1)]) for i in range(3)]
+    sweep = curve.steps - 3 * 100
+    peaks = [max(row[-1] for row in trainer.seen[sweep + 100 * i : sweep + 100 * (i + 1)]) for i in range(3)]
     assert [probe.peak for probe in curve.probes] == pytest.approx(
         [2 * probe.rate for probe in curve.probes]
     )  # 16^1/4

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
-PROBE_FACTORS, PROBE_STEPS = (0.5, 1.0, 2.0), 30
+# A short run likes up to twice the rate that is best for a long one, so closer probes would mislead; and classes that are
+# learned slowly need some dozens of steps before a loss says anything. Both seen in recipes/benchmarks/lr_suggestions.py.
+PROBE_FACTORS, PROBE_STEPS = (0.25, 1.0, 4.0), 100
 
 
 def lr_range_test(
@@ -66,8 +68,9 @@ def lr_range_test(
         mode: "exponential" or "linear".
         eval_batches: Instead of the loss on the training batches, take the mean loss on this many batches of the
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
-        confirm: Train a few short probes around the suggestion as well, all from the same start, and suggest the
-            best of them. How many steps this costs is logged before it begins.
+        confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
+            the same start, and suggest the best of them. It finds out a suggestion that is far off, as on a noisy
+            curve; one that is about right it leaves alone. How many steps this costs is logged before it begins.
         offload_folder: Keep the copy of the trainable weights in a temporary file in this folder; by default it is in
             the host's memory.
 
@@ -152,11 +155,12 @@ def _confirmed(
 ) -> LRCurve:
     """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
 
-    A probe of n steps stands for a training of T at its rate, with a peak `(T / n) ** 0.25` times as high, in the same
-    form: a rise over a tenth of its steps, and a fall to 0. By the reasoning of `lr_curve.horizon` it would go as far
-    with `(T / n) ** 0.5`, and as well as it can in its few steps at no other rate than the training; between the two.
+    A probe takes half of the training's steps, or fewer. One of n steps stands for a training of T at its rate, with a
+    peak `(T / n) ** 0.25` times as high, in the same form: a rise over a tenth of its steps, and a fall to 0. By the
+    reasoning of `lr_curve.horizon` it would go as far with `(T / n) ** 0.5`, and as well as it can in its few steps at
+    no other rate than the training; between the two.
     """
-    steps = min(PROBE_STEPS, max(curve.training_steps, 4))
+    steps = min(PROBE_STEPS, max(curve.training_steps // 2, 4))
     logger.warning(
         f"Confirming the rate {curve.suggestion:.1e}: {len(PROBE_FACTORS)} probes of {steps} optimizer steps, "
         f"{len(PROBE_FACTORS) * steps} more than the {curve.steps} of the sweep."

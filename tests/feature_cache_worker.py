@@ -3,6 +3,7 @@
 python feature_cache_worker.py FOLDER
 """
 
+import errno
 import json
 import sys
 from contextlib import nullcontext
@@ -11,13 +12,13 @@ from pathlib import Path
 from tiny import pad_rows, ragged_rows, tiny_bert
 from transformers import Trainer, TrainingArguments
 
-from ulmfit_tools.feature_cache import precomputed
+from ulmfit_tools.activation_store import Entry
+from ulmfit_tools.feature_cache import CannotPrecompute, precomputed
 from ulmfit_tools.freezing import freeze_to
 from ulmfit_tools.frozen_pass import FrozenPass
 
 
-def losses(folder, frozen_to, cached):
-    """The losses of a training of six steps, and how many rows this process sent through the frozen layers."""
+def make_trainer(folder, frozen_to):
     model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     freeze_to(model, frozen_to)
     args = TrainingArguments(
@@ -32,8 +33,12 @@ def losses(folder, frozen_to, cached):
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=ragged_rows(600), data_collator=pad_rows)
-    rows = []
+    return Trainer(model=model, args=args, train_dataset=ragged_rows(600), data_collator=pad_rows)
+
+
+def losses(folder, frozen_to, cached):
+    """The losses of a training of six steps, and how many rows this process sent through the frozen layers."""
+    trainer, rows = make_trainer(folder, frozen_to), []
     own = FrozenPass._vectors
 
     def counted(self, source, some, *more, **settings):
@@ -49,11 +54,30 @@ def losses(folder, frozen_to, cached):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], len(rows)
 
 
+def refusal(folder, rank):
+    """What is said where the second process cannot write."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    own = Entry.write
+    if rank == 1:
+        Entry.write = full
+    try:
+        with precomputed(make_trainer(folder, -1), cache_dir=folder / "full"):
+            return ""
+    except CannotPrecompute as error:
+        return str(error)
+    finally:
+        Entry.write = own
+
+
 def main(folder):
     from accelerate import PartialState
 
     rank = PartialState(cpu=True).process_index
     found = {str(n): [losses(folder, n, False)[0], *losses(folder, n, True)] for n in (-1, -3)}
+    found["full"] = refusal(folder, rank)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ulmfit_tools import activation_store
-from ulmfit_tools.activation_store import Entry, build, check_room, content_key, locked, remove_cache
+from ulmfit_tools.activation_store import Entry, build, check_room, locked, remove_cache, remove_entry
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.row_source import content_key
 
 LENGTHS = np.array([3, 1, 4, 1, 5], dtype=np.int32)
 WIDTH = 2
@@ -205,6 +206,61 @@ def test_removing_takes_entries_and_nothing_else(tmp_path):
     assert remove_cache(tmp_path) >= made.nbytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
     assert remove_cache(tmp_path / "nowhere") == 0
+
+
+def test_removing_leaves_what_is_being_computed_and_says_so(tmp_path, caplog):
+    made = entry(tmp_path)
+    other = Entry(tmp_path / "other", LENGTHS, WIDTH)
+    other.prepare()
+    sizes = [file.stat().st_size for file in other.folder.iterdir()]
+    with locked(made.folder, print):
+        assert remove_cache(tmp_path) == sum(sizes) > other.nbytes
+        assert "1 of 2 sets of activations are being computed and were left" in caplog.text
+        build([made], np.arange(5), compute)
+    assert made.is_sound()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "entry.lock"]
+
+
+def test_a_lock_that_was_removed_while_another_waited_is_made_again(tmp_path):
+    """Else two could hold it: one the file that is gone, one a new file of the same name."""
+    folder, waits, held = tmp_path / "entry", threading.Event(), []
+
+    def second():
+        with locked(folder, lambda line: waits.set()):
+            held.append(remove_entry(folder))  # None: another file handle does not get it
+
+    thread = threading.Thread(target=second)
+    with locked(folder, print):
+        thread.start()
+        assert waits.wait(60)
+        folder.with_suffix(".lock").unlink()  # as `remove_entry` does, which holds it
+    thread.join(60)
+    assert held == [None]
+
+
+def test_a_complete_entry_is_sound_as_long_as_its_bytes_are_those_that_were_written(tmp_path):
+    made = entry(tmp_path)
+    assert made.written(np.arange(5)).tolist() == []
+    assert not made.is_sound()
+    build([made], np.arange(5), compute)
+    assert (made.is_complete, made.is_sound()) == (True, True)
+    file = tmp_path / "entry/activations.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:50] + b"x" + content[51:])
+    assert (made.is_complete, made.is_sound()) == (True, False)
+    file.write_bytes(content[:-1])
+    assert (made.is_complete, made.is_sound()) == (False, False)
+    file.write_bytes(content)
+    (tmp_path / "entry/complete.json").write_text("[]")
+    assert (made.is_complete, made.is_sound()) == (False, False)
+    made.prepare()  # whoever builds it again has found it wrong
+    assert made.missing_parts() == [0, 1, 2]
+
+
+def test_the_rows_of_the_parts_that_are_written(tmp_path):
+    made, order = entry(tmp_path), np.array([4, 2, 0, 1, 3])
+    made.write(1, order[2:4], [vectors_of(row) for row in order[2:4]], [])
+    assert made.written(order).tolist() == [0, 1]
 
 
 def test_keys_tell_content_apart():

@@ -1,8 +1,10 @@
 """Training from precomputed activations gives the numbers of training through the frozen layers."""
 
+import errno
 import json
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import pytest
@@ -10,6 +12,7 @@ import torch
 from runs import copy_until, differences
 from test_distributed import launch_worker
 from tiny import pad_rows, ragged_rows, tiny_bert
+from tiny_text import tiny_tokenizer
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -18,8 +21,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.models.bert.modeling_bert import BertIntermediate
 
-from ulmfit_tools import activation_store
+from ulmfit_tools import activation_store, frozen_pass
+from ulmfit_tools.activation_store import remove_cache
 from ulmfit_tools.callbacks import GradualUnfreezing
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.feature_cache import CannotPrecompute, activation_cache, precomputed
@@ -32,7 +37,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 HEAD, TOP = -1, 3  # what trains: the classifier and pooler; the two upper blocks with them
 
 
-def make_trainer(folder, n=TOP, *, plain=False, model=None, callbacks=None, **settings):
+def make_trainer(folder, n=TOP, *, plain=False, kind=None, model=None, callbacks=None, **settings):
     """Two epochs of ten steps with a log of each; what is below group `n` is frozen."""
     model = tiny_bert(**NO_DROPOUT) if model is None else model
     freeze_to(model, n)
@@ -40,7 +45,7 @@ def make_trainer(folder, n=TOP, *, plain=False, model=None, callbacks=None, **se
     defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
     defaults |= {"eval_strategy": "epoch", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     args = arguments(str(folder), report_to="none", **(defaults | settings))
-    trainer = trainer_class(
+    trainer = (kind or trainer_class)(
         model=model,
         args=args,
         train_dataset=ragged_rows(),
@@ -190,6 +195,30 @@ def test_counted_tokens_are_those_of_the_texts(tmp_path):
     assert seen[0] == seen[1] > 40 * 3
 
 
+class NamesItsInputs(Trainer):
+    """Hands on what the model reads, and so not the activations that are in the batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=0.2)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("n", [HEAD, TOP])
+def test_a_loss_of_the_trainers_own_that_leaves_the_activations_out(tmp_path, n):
+    assert compare(tmp_path, n, plain=True, kind=NamesItsInputs).form == "sequence"
+
+
+def test_a_loss_of_outputs_and_labels_does_with_a_vector(tmp_path):
+    def change(trainer):
+        def of_both(outputs, labels, num_items_in_batch=None):
+            return torch.nn.functional.cross_entropy(outputs["logits"], labels, label_smoothing=0.2)
+
+        trainer.compute_loss_func = of_both
+
+    assert compare(tmp_path, HEAD, plain=True, change=change).form == "vector"
+
+
 # ---- The store's type ----------------------------------------------------------------------------------------------
 
 
@@ -239,6 +268,16 @@ def test_found_again_after_training_and_saving(tmp_path):
     assert len(list((tmp_path / "cache").glob("*/entry.json"))) == 2  # training and evaluation rows
 
 
+@pytest.mark.parametrize("n", [HEAD, TOP])
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_rounding_is_not_taken_for_other_layers(tmp_path, n, dtype, bf16):
+    assert [run(make_trainer(tmp_path / name, n, bf16=bf16), tmp_path, dtype=dtype).reused for name in "ab"] == [
+        False,
+        True,
+    ]
+
+
 def change_weight(trainer):
     trainer.model.bert.encoder.layer[1].output.dense.bias.data[0] += 1e-3
 
@@ -285,6 +324,109 @@ def test_what_changes_the_activations_makes_them_anew(tmp_path, change, reused):
     other = make_trainer(tmp_path / "two")
     change(other)
     assert run(other, tmp_path).reused == reused
+
+
+def adapted():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "dense"], init_lora_weights=False)
+    model = get_peft_model(tiny_bert(**NO_DROPOUT), config, adapter_name="first")
+    model.add_adapter("second", config)
+    return model
+
+
+def other_adapter(model):
+    model.set_adapter("second")
+
+
+def other_scaling(model):
+    model.base_model.model.bert.encoder.layer[0].attention.self.query.scaling["first"] *= 2
+
+
+def no_adapter(model):
+    model.base_model.model.bert.encoder.layer[0].attention.self.query.enable_adapters(False)
+
+
+@pytest.mark.parametrize("change", [other_adapter, other_scaling, no_adapter])
+def test_other_adapters_in_use_make_them_anew(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(frozen_pass, "same_vectors", lambda kept, computed: True)  # the key alone tells them apart
+    model = adapted()
+    run(make_trainer(tmp_path / "one", HEAD, model=model), tmp_path)
+    assert run(make_trainer(tmp_path / "two", HEAD, model=model), tmp_path).reused
+    change(model)
+    assert not run(make_trainer(tmp_path / "three", HEAD, model=model), tmp_path).reused
+
+
+def stop_after(parts, monkeypatch):
+    """Interrupt the pass once, when so many parts are written; the list of them goes on."""
+    write, written, stopped = activation_store.Entry.write, [], []
+
+    def stops(self, part, *more):
+        if len(written) == parts and not stopped:
+            stopped.append(part)
+            raise KeyboardInterrupt
+        write(self, part, *more)
+        written.append(part)
+
+    monkeypatch.setattr(activation_store.Entry, "write", stops)
+    return written
+
+
+def edit_the_code(monkeypatch):
+    own = BertIntermediate.forward
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, hidden: 1.1 * own(self, hidden))
+
+
+@pytest.mark.parametrize("n", [HEAD, TOP])
+def test_other_code_under_the_same_names_makes_them_anew(tmp_path, caplog, monkeypatch, n):
+    run(make_trainer(tmp_path / "before", n), tmp_path)
+    edit_the_code(monkeypatch)
+    assert not compare(tmp_path, n).reused
+    assert caplog.text.count("not what the layers put out now: it is computed anew") == 2  # training and evaluation
+    assert run(make_trainer(tmp_path / "again", n), tmp_path).reused
+
+
+def test_a_pass_does_not_begin_at_what_other_code_made(tmp_path, caplog, monkeypatch):
+    run(make_trainer(tmp_path / "low", 2), tmp_path)
+    edit_the_code(monkeypatch)
+    compare(tmp_path, 4)
+    assert "The pass begins" not in caplog.text
+
+
+def test_a_pass_does_not_go_on_with_what_other_code_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(activation_store, "ROWS_IN_A_PART", 10)
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_trainer(tmp_path / "before"), tmp_path)
+    edit_the_code(monkeypatch)
+    compare(tmp_path)
+
+
+def zero(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("n", [HEAD, TOP])
+@pytest.mark.parametrize("damage", [zero, truncate, flip_a_bit, Path.unlink])
+def test_damaged_files_are_made_anew(tmp_path, n, damage):
+    expected, first = train(tmp_path, True, n)
+    for file in (tmp_path / "cache").glob("*/activations.bin"):
+        damage(file)
+    ours, again = train(tmp_path, True, n)
+    assert (first.reused, again.reused) == (False, False)
+    assert differences(ours["weights"], expected["weights"]) == []
+    assert run(make_trainer(tmp_path / "again", n), tmp_path).reused
 
 
 # ---- Several phases ------------------------------------------------------------------------------------------------
@@ -343,6 +485,33 @@ def test_a_higher_boundary_is_computed_from_a_lower_one(tmp_path, caplog):
     assert "begins at what leaves bert.encoder.layer.0" in caplog.text
     assert len(calls) == probed  # and no batch of the training went through it
     assert_same_numbers(outcome(trainer), expected)
+
+
+def test_all_that_is_written_is_locked_meanwhile(tmp_path, monkeypatch, caplog):
+    write, said, taken = activation_store.Entry.write, [], []
+    locked = frozen_pass.locked
+
+    def removes(self, *more):
+        said.append(remove_cache(tmp_path / "cache"))
+        write(self, *more)
+
+    monkeypatch.setattr(activation_store.Entry, "write", removes)
+    monkeypatch.setattr(frozen_pass, "locked", lambda folder, say: taken.append(folder) or locked(folder, say))
+    trainer = make_trainer(tmp_path / "head", HEAD)
+    with precomputed(trainer, cache_dir=tmp_path / "cache", to_come=[names_from(trainer.model, TOP)]):
+        trainer.train()
+    assert said == [0] * 4
+    assert taken == sorted(set(taken))  # in one order in all runs, so that no two wait for each other
+    assert len(taken) == 4
+    assert "are being computed and were left" in caplog.text
+
+
+def test_rows_that_are_there_twice(tmp_path):
+    def change(trainer):
+        trainer.eval_dataset = ragged_rows()
+
+    compare(tmp_path, change=change)
+    assert len(list((tmp_path / "cache").glob("*/entry.json"))) == 1
 
 
 # ---- In the midst of a training ------------------------------------------------------------------------------------
@@ -439,6 +608,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, caplog, plain, n, step
 
 
 @pytest.mark.parametrize("n", [HEAD, TOP])
+def test_special_tokens_of_the_tokenizer_do_not_end_it(tmp_path, caplog, n):
+    """`Trainer.train` writes them into the model's configuration."""
+    trainer = make_trainer(tmp_path, n)
+    trainer.processing_class = tiny_tokenizer()
+    trainer.processing_class.bos_token, trainer.processing_class.eos_token = "[CLS]", "[SEP]"
+    assert trainer.model.config.eos_token_id is None
+    calls = []
+    with precomputed(trainer, cache_dir=tmp_path / "cache") as report:
+        attention = trainer.model.bert.encoder.layer[0].attention
+        attention.register_forward_pre_hook(lambda module, args: calls.append(args))
+        trainer.model.config.update({"note": "not a weight"})  # weights are what is compared when a training begins
+        trainer.train()
+    assert trainer.model.config.eos_token_id == trainer.processing_class.eos_token_id is not None
+    assert (report.reused, calls) == (False, [])
+    assert "goes on through the layers" not in caplog.text
+    del trainer.model.config.note
+    assert run(trainer, tmp_path).reused
+
+
+@pytest.mark.parametrize("n", [HEAD, TOP])
 @pytest.mark.parametrize("eval_batches", [0, 2])
 def test_range_test_inside(tmp_path, n, eval_batches):
     curves = []
@@ -501,9 +690,24 @@ def skip_connection(trainer):
     layers[3].register_forward_hook(lambda module, args, output: output + seen.pop("hidden", 0))
 
 
+def without_a_mask(trainer):
+    trainer.data_collator = lambda rows: {name: v for name, v in pad_rows(rows).items() if name != "attention_mask"}
+
+
+def evaluate_in_bfloat16(trainer):
+    trainer.args.bf16_full_eval = True
+
+
+def evaluate_in_float16(trainer):
+    trainer.args.fp16_full_eval = True
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        (without_a_mask, "pads rows of 3 tokens to 16 without an attention_mask"),
+        (evaluate_in_bfloat16, "change the frozen weights for an evaluation"),
+        (evaluate_in_float16, "change the frozen weights for an evaluation"),
         (augment, "another batch for the same rows"),
         (stream, "a length"),
         (thaw_all, "No block of layers is frozen below what trains"),
@@ -519,6 +723,45 @@ def test_what_cannot_be_precomputed_is_said_and_trains_normally(tmp_path, change
         pass
     assert "\n" not in str(error.value)
     assert state_of(trainer) == before
+
+
+@pytest.mark.parametrize("n", [HEAD, TOP])
+def test_rows_of_one_width_need_no_mask(tmp_path, n):
+    def change(trainer):
+        trainer.train_dataset = [{**row, "input_ids": row["input_ids"][:3]} for row in trainer.train_dataset]
+        trainer.eval_dataset = [{**row, "input_ids": row["input_ids"][:3]} for row in trainer.eval_dataset]
+        without_a_mask(trainer)
+
+    compare(tmp_path, n, change=change)
+
+
+def test_a_folder_that_cannot_be_is_said_in_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(tmp_path / "run")
+    before = state_of(trainer)
+    line = "could not be computed and kept in .*file/cache: .*Not a directory"
+    with pytest.raises(CannotPrecompute, match=line) as error, precomputed(trainer, cache_dir=tmp_path / "file/cache"):
+        pass
+    assert "\n" not in str(error.value)
+    assert state_of(trainer) == before
+
+
+def test_a_disk_that_fills_up_is_said_in_a_line_and_left_as_it_was(tmp_path, monkeypatch):
+    def full(self, *more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer(tmp_path / "run", HEAD)
+    to_come = [names_from(trainer.model, TOP)]
+    with monkeypatch.context() as patch:
+        patch.setattr(activation_store.Entry, "write", full)
+        with (
+            pytest.raises(CannotPrecompute, match="No space left on device") as error,
+            precomputed(trainer, cache_dir=tmp_path / "cache", to_come=to_come),
+        ):
+            pass
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not run(trainer, tmp_path).reused
 
 
 def test_a_streamed_evaluation_set_goes_through_the_layers(tmp_path):
@@ -595,19 +838,10 @@ def test_another_head_and_other_labels_find_it_again(tmp_path):
 
 def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "ROWS_IN_A_PART", 10)
-    write, written = activation_store.Entry.write, []
-
-    def dies(self, part, *more):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        write(self, part, *more)
-        written.append(part)
-
-    monkeypatch.setattr(activation_store.Entry, "write", dies)
+    written = stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         report_of(tmp_path)
     written.clear()
-    monkeypatch.setattr(activation_store.Entry, "write", lambda *a: (written.append(a[1]), write(*a)))
     assert not report_of(tmp_path).reused
     assert written == [2, 3, 0, 1]  # the rest of the four parts of 40 training rows, and the two of 12 others
 
@@ -630,3 +864,5 @@ def test_two_processes_share_the_pass_and_have_the_losses_of_the_layers(tmp_path
         counted = [rank[group][2] for rank in ranks]
         assert sorted(counted) != [min(counted)] * 2  # three parts of 256 rows: two for one, one for the other
         assert sum(counted) < 600 + 2 * 600  # and not all of them in both
+    for said in (rank["full"] for rank in ranks):  # the disk of the second one
+        assert said.endswith("[Errno 28] No space left on device")

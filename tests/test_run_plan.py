@@ -487,6 +487,17 @@ def test_what_cannot_be_precomputed_is_said_and_trained_without(model, data, tmp
     assert [phase.precomputed for phase in result.phases] == [None, None]
 
 
+def test_a_cache_folder_that_cannot_be_is_said_and_trained_without(model, data, tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ULMFIT_TOOLS_CACHE", str(tmp_path / "file" / "cache"))
+    plan = FineTuningPlan(name="x", phases=[Phase(name="head", train="head", steps=1, precompute=True)])
+    with caplog.at_level(logging.WARNING):
+        result = run(plan, model, data, tmp_path / "run")
+    said = "Phase 'head' trains without precomputed activations. The activations could not be computed and kept in"
+    assert said in caplog.text
+    assert result.phases[0].precomputed is None
+
+
 def eight_steps(model, data, folder, **more):
     return run("fastai_eight_steps", model, data, folder, per_device_train_batch_size=16, **more)
 

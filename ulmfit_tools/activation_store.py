@@ -5,16 +5,18 @@ CACHE_DIR/
   4f6c.../activations.bin    the vectors of all rows, one row after another, no padding
   4f6c.../positions.bin      for entries of one vector a row: which position of the row it is
   4f6c.../done.bin           a byte for each part: 1 once its vectors are on the disk
-  4f6c.../complete.json      written last; an entry without it is never read
-  4f6c.lock                  held by the process that builds it
+  4f6c.../complete.json      written last, with a checksum of the files; an entry without it is never read
+  4f6c.lock                  held by the process that builds or removes it
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.freeze_boundary import CannotPrecompute
+
+logger = logging.getLogger(__name__)
 
 ROWS_IN_A_PART = 256
 SPARE_ROOM = 1.05  # of the disk room that an entry needs
@@ -75,11 +81,23 @@ class Entry:
         return {"rows": len(self.lengths), "lengths": lengths, "width": self.width, "dtype": self.dtype}
 
     @property
+    def _sizes(self) -> dict[str, int]:
+        positions = {"positions.bin": 4 * len(self.lengths)} if self.has_positions else {}
+        return {"activations.bin": self.nbytes - sum(positions.values()), **positions, "done.bin": self.parts}
+
+    @property
     def is_complete(self) -> bool:
-        """Whether it can be read."""
+        """Whether it was built to the end and its files have their sizes."""
+        return self._fits("complete.json")
+
+    def is_sound(self) -> bool:
+        """Whether it is complete and its files hold the bytes that were written.
+
+        Reads them from end to end, which takes a small share of the time of computing them.
+        """
         try:
-            return json.loads((self.folder / "complete.json").read_text()) == self.description
-        except (OSError, ValueError):
+            return self.is_complete and self._told("complete.json").get("checksum") == self._checksum()
+        except OSError:
             return False
 
     def missing_parts(self) -> list[int]:
@@ -87,21 +105,50 @@ class Entry:
         done = np.frombuffer((self.folder / "done.bin").read_bytes(), dtype=np.uint8)
         return np.flatnonzero(done == 0).tolist()
 
+    def written(self, order: np.ndarray) -> np.ndarray:
+        """Of the rows in the order in which they are computed, those that are on the disk."""
+        if not self._fits("entry.json"):
+            return order[:0]
+        return order[~np.isin(np.arange(len(order)) // ROWS_IN_A_PART, self.missing_parts())]
+
+    def _told(self, marker: str) -> dict[str, Any]:
+        try:
+            told = json.loads((self.folder / marker).read_text())
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
+    def _fits(self, marker: str) -> bool:
+        """Whether a marker describes this entry, and all files have their sizes."""
+        told = self._told(marker)
+        try:
+            sizes = {name: (self.folder / name).stat().st_size for name in self._sizes}
+        except OSError:
+            return False
+        return sizes == self._sizes and {name: told.get(name) for name in self.description} == self.description
+
+    def _checksum(self) -> int:
+        checksum = 0
+        for name in self._sizes:
+            with open(self.folder / name, "rb") as file:
+                while chunk := file.read(2**20):
+                    checksum = zlib.crc32(chunk, checksum)
+        return checksum
+
     # Writing
 
-    def prepare(self) -> None:
-        """Make the files in their full size, unless an interrupted build of the same entry left them."""
-        try:
-            if json.loads((self.folder / "entry.json").read_text()) == self.description:
-                return
-        except (OSError, ValueError):
-            pass
+    def prepare(self, *, keep: bool = True) -> None:
+        """Make the files in their full size.
+
+        Args:
+            keep: Go on with what an interrupted build of the same entry left. What was built to the end goes: whoever
+                builds it again has found it wrong.
+        """
+        if keep and self._fits("entry.json") and not (self.folder / "complete.json").exists():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        sizes = {"activations.bin": self.nbytes, "done.bin": self.parts}
-        if self.has_positions:
-            sizes["positions.bin"] = 4 * len(self.lengths)
-        for name, size in sizes.items():
+        for name, size in self._sizes.items():
             with open(self.folder / name, "wb") as file:
                 file.truncate(size)
         write_json(self.folder / "entry.json", self.description)
@@ -131,7 +178,7 @@ class Entry:
     def finish(self) -> None:
         """Mark it as complete."""
         assert not self.missing_parts()
-        write_json(self.folder / "complete.json", self.description)
+        write_json(self.folder / "complete.json", {**self.description, "checksum": self._checksum()})
 
     # Reading
 
@@ -167,7 +214,7 @@ def build(
     *,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    barrier: Callable[[], object] = lambda: None,
     on_part: Callable[[int, int], None] = lambda done, parts: None,
 ) -> int:
     """Compute what is missing of some entries for the same rows, all from one pass, and mark them complete.
@@ -208,13 +255,64 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     import fcntl  # here, as Windows has none
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"Another run is computing the same activations in {folder.parent}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with open(folder.with_suffix(".lock"), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"Another run is computing the same activations in {folder.parent}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_there(file):  # else whoever held it removed it, and the next one makes another
+                yield
+                return
+
+
+def _is_there(file: Any) -> bool:
+    """Whether an open file is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Callable[..., list[Any]]]:
+    """Work on the store that succeeds in all processes or in none, with a meeting of all of them.
+
+    A failure in one of them, also of the disk, is raised in all: there as it is, in the others at their next meeting.
+
+    Args:
+        folder: The folder of the cache, for the message.
+
+    Yields:
+        `meet(value)`, which waits for all processes and returns the value of each, by rank.
+
+    Raises:
+        CannotPrecompute: Something failed; the message says what in one line.
+    """
+    told = False
+
+    def meet(value: Any = None, failure: str = "") -> list[Any]:
+        nonlocal told
+        said = gather_object([(value, failure)])
+        failures = [line for _, line in said if line]
+        if failures:
+            told = True
+            raise CannotPrecompute(failures[0])
+        return [value for value, _ in said]
+
+    try:
+        yield meet
+    except (InputError, OSError) as error:
+        if told:
+            raise
+        is_ours = isinstance(error, InputError)
+        line = str(error) if is_ours else f"The activations could not be computed and kept in {folder}: {error}"
+        with suppress(CannotPrecompute):
+            meet(failure=line)
+        if is_ours:
+            raise
+        raise CannotPrecompute(line) from error
 
 
 def check_room(folder: Path, nbytes: int) -> None:
@@ -232,44 +330,54 @@ def check_room(folder: Path, nbytes: int) -> None:
         )
 
 
-def content_key(*parts: Any) -> str:
-    """A name for what was made from some content: the same for the same content, on every machine.
-
-    Args:
-        *parts: Tensors and arrays (by type, shape and bytes), bytes, or values that JSON can hold.
-    """
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            part = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        elif isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode())
-            part = np.ascontiguousarray(part).tobytes()
-        elif not isinstance(part, bytes):
-            part = json.dumps(part, sort_keys=True, default=str).encode()
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()[:32]
-
-
 def cache_size(cache_dir: str | Path) -> tuple[int, int]:
     """How many entries a folder has, and their bytes on the disk."""
     entries = [marker.parent for marker in Path(cache_dir).glob("*/entry.json")]
-    return len(entries), sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+    return len(entries), sum(map(_nbytes, entries))
 
 
 def remove_cache(cache_dir: str | Path) -> int:
-    """Delete all entries in a folder, and nothing else in it.
+    """Delete all entries in a folder, and nothing else in it; those that a run is computing are left, which is said.
 
     Returns:
         How many bytes were freed.
     """
-    freed = cache_size(cache_dir)[1]
-    for marker in Path(cache_dir).glob("*/entry.json"):
-        shutil.rmtree(marker.parent)
-        marker.parent.with_suffix(".lock").unlink(missing_ok=True)
-    return freed
+    freed = [remove_entry(marker.parent) for marker in Path(cache_dir).glob("*/entry.json")]
+    left = freed.count(None)
+    if left:
+        logger.warning(
+            f"{left} of {len(freed)} sets of activations are being computed and were left: remove them later"
+        )
+    return sum(nbytes for nbytes in freed if nbytes is not None)
+
+
+def remove_entry(folder: Path) -> int | None:
+    """Delete an entry and its lock.
+
+    Returns:
+        How many bytes were freed; None where another process holds the lock, and nothing was deleted.
+    """
+    import fcntl
+
+    with open(folder.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if not _is_there(file):  # another process has just removed it, and a third one may be building
+            return None
+        nbytes = _nbytes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.unlink(file.name)  # while it is held, so that nobody else holds it
+        return nbytes
+
+
+def _nbytes(folder: Path) -> int:
+    total = 0
+    with suppress(FileNotFoundError):  # a run may be at work in it
+        for file in folder.iterdir():
+            total += file.stat().st_size
+    return total
 
 
 def _to_disk(file: Any) -> None:

@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import align_special_tokens, has_length
 from transformers.utils import logging
 
 from ulmfit_tools.activation_store import DTYPES, Entry
@@ -43,10 +51,11 @@ def precomputed(
     """Train and evaluate from the activations that leave the frozen layers, computed once and kept on disk.
 
     Inside, the trainer's datasets and collator are replaced and the frozen layers stand still; at the end all is as it
-    was. With dropout off, losses, gradients and weights are those of the training without, but for the order of
-    additions in batches that are padded otherwise; with dropout on, the frozen layers run without it. The rows come in
-    the same order. When layers of the frozen part are thawed in the middle, or a checkpoint with other weights is
-    loaded, training goes on through the layers.
+    was, but for the special tokens of the model's configuration, which are the tokenizer's, as after any training.
+    With dropout off, losses, gradients and weights are those of the training without, but for the order of additions
+    in batches that are padded otherwise; with dropout on, the frozen layers run without it. The rows come in the same
+    order. When layers of the frozen part are thawed in the middle, or a checkpoint with other weights is loaded,
+    training goes on through the layers.
 
     Args:
         trainer: A `Trainer` with some blocks frozen from the input up. Several processes (DDP) share the work.
@@ -66,6 +75,8 @@ def precomputed(
         raise InputError(f"dtype is one of auto, {', '.join(DTYPES)}.{nearest(dtype, DTYPES)} Received: {dtype!r}")
     _check_trainer(trainer)
     model: Any = trainer.model
+    if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(model, "config"):
+        align_special_tokens(model, trainer.processing_class)  # as `train` will: heads look for these tokens
     before = trainer.train_dataset, trainer.eval_dataset, trainer.data_collator
     evaluated = before[1] if isinstance(before[1], dict) else {None: before[1]}
     given = [data for data in (before[0], *evaluated.values()) if data is not None and has_length(data)]
@@ -101,6 +112,10 @@ def activation_cache() -> Path:
 def _check_trainer(trainer: Trainer) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.n_gpu > 1:
         raise CannotPrecompute("Activations are precomputed in one process or with DDP, one GPU for each process")
+    if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
+        raise CannotPrecompute(
+            "bf16_full_eval and fp16_full_eval change the frozen weights for an evaluation: use bf16 or fp16 alone"
+        )
     if trainer.args.torch_compile:
         raise CannotPrecompute("A compiled model does not run from activations: leave torch_compile out")
     if trainer.model_init is not None:
@@ -212,7 +227,7 @@ class _Keeper(TrainerCallback):
         self._modules = [name for name, _ in frozen_pass.model.named_modules() if name in still_run]
         parameters = frozen_pass.model.named_parameters()
         self._frozen = [parameter for name, parameter in parameters if frozen_pass.boundary.holds(name)]
-        self._key = frozen_pass.weights_key(frozen_pass.boundary)
+        self._digests = frozen_pass.digests(frozen_pass.boundary)
 
     def begin(self) -> None:
         """Put the replay into the place of the frozen layers."""
@@ -241,7 +256,7 @@ class _Keeper(TrainerCallback):
     ) -> None:
         """Looks whether a checkpoint brought other weights for the frozen layers."""
         now = FrozenPass(self._pass.trainer, self._pass.boundary, [], self._pass.cache_dir)
-        if now.weights_key(self._pass.boundary) != self._key:
+        if now.digests(self._pass.boundary) != self._digests:
             self._drop("The checkpoint has other weights in the frozen layers")
 
     def on_step_begin(

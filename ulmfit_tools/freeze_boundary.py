@@ -88,6 +88,15 @@ def find_boundary(model: nn.Module, trainable: Collection[str] | None = None) ->
     return Boundary(blocks[-1].path, tuple(b.path for b in blocks), tuple(step.path for step in frozen[: last + 1]))
 
 
+def adapters_in_use(model: nn.Module, boundary: Boundary) -> dict[str, list[Any]]:
+    """Of PEFT's layers in the frozen part, by name: which adapters are active, their scaling, and whether none is."""
+    return {
+        name: [getattr(module, setting, None) for setting in ("active_adapters", "scaling", "disable_adapters")]
+        for name, module in model.named_modules()
+        if boundary.holds(name) and hasattr(module, "merged_adapters")
+    }
+
+
 # ---- Capturing and replaying ---------------------------------------------------------------------------------------
 
 

@@ -2,39 +2,47 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, __version__
 
-from ulmfit_tools.activation_store import Entry, build, check_room, content_key, locked
+from ulmfit_tools.activation_store import Entry, all_or_none, build, check_room, locked, remove_entry
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freeze_boundary import (
     Boundary,
     CannotPrecompute,
     Enough,
     Replay,
+    adapters_in_use,
     capturing,
     in_batch,
     in_row,
     one_token,
     padded,
 )
-from ulmfit_tools.replay_check import check_replay, in_eval_mode, logits_of, read_positions, relative_error
-from ulmfit_tools.row_source import Batch, Source, slices
+from ulmfit_tools.replay_check import (
+    batches_are_read,
+    check_replay,
+    in_eval_mode,
+    read_positions,
+    rounding_error,
+    same_vectors,
+    seconds_of,
+    seconds_saved,
+)
+from ulmfit_tools.row_source import Batch, Source, a_few, content_key, slices
 
 logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 8192  # that go through the frozen layers together: enough to keep any device busy
-_PROBE_ROWS = 8
 # Of a model's configuration: the labels, and what a first loss and a first saving write into it.
 _NOT_THE_LAYERS = {"id2label", "label2id", "problem_type", "architectures", "dtype", "_name_or_path", "use_cache"}
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -96,26 +104,29 @@ class FrozenPass:
         self.dtype = torch.float32
         self._digests: dict[str, str] = {}  # of the frozen tensors; they do not change while this is used
 
-    def weights_key(self, boundary: Boundary) -> str:
-        """What the layers up to a boundary are: weights, buffers, configuration, precision, versions."""
+    def digests(self, boundary: Boundary) -> dict[str, str]:
+        """What the weights and buffers of the layers up to a boundary are, by name."""
         tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
         for name, tensor in tensors:
             if boundary.holds(name) and name not in self._digests:
                 self._digests[name] = content_key(tensor)
-        frozen = {name: digest for name, digest in self._digests.items() if boundary.holds(name)}
+        return {name: digest for name, digest in self._digests.items() if boundary.holds(name)}
+
+    def weights_key(self, boundary: Boundary) -> str:
+        """What the layers up to a boundary are: weights, buffers, adapters, configuration, precision, versions."""
         config: Any = getattr(self.model, "config", None)
         described = {} if config is None else config.to_dict()
         kept = {key: value for key, value in described.items() if key not in _NOT_THE_LAYERS}
         kept["attention"] = getattr(config, "_attn_implementation", None)  # there is no public name for it
         setting = [kept, self.args.bf16, self.args.fp16, self.args.device.type, torch.__version__, __version__]
-        return content_key(type(self.model).__name__, setting, frozen)
+        adapters = adapters_in_use(self.model, boundary)
+        return content_key(type(self.model).__name__, setting, adapters, self.digests(boundary))
 
     def make(self, dtype: str, to_come: Sequence[Boundary]) -> CacheReport:
         """Settle the form, check it, tell the size and the cost, and compute what is not there."""
         source = self.sources[0]
-        rows = source.order[np.linspace(0, len(source) - 1, min(_PROBE_ROWS, len(source))).astype(int)]
-        if any(not _equal(source.inputs(rows), source.inputs(rows)) for _ in range(3)):
-            raise CannotPrecompute("The collator gives another batch for the same rows each time, so nothing is kept")
+        rows = a_few(source.order)
+        source.check_repeats(rows)
         self._settle_form(source, rows)
         vectors, at = self._vectors(source, rows, [self.boundary])[0]
         self.dtype = vectors[0].dtype
@@ -124,7 +135,8 @@ class FrozenPass:
         width = vectors[0].shape[-1]
         self.entries = [self._entry(self.boundary, source, self.form, width, dtype) for source in self.sources]
         nbytes = sum(entry.nbytes for entry in self.entries)
-        reused = broadcast_object_list([all(entry.is_complete for entry in self.entries)])[0]  # one look for all
+        missing = self._missing()
+        reused = not any(missing)
         even = self._break_even(source)
         size = f"{nbytes / 2**20:,.1f} MiB of {dtype} ({self.form}s)"
         if reused:
@@ -137,7 +149,7 @@ class FrozenPass:
             )
         start = time.perf_counter()
         if not reused:
-            self._build(to_come)
+            self._build(missing, to_come)
         seconds = 0.0 if reused else round(time.perf_counter() - start, 2)
         return CacheReport(
             boundary=self.boundary.path,
@@ -172,7 +184,7 @@ class FrozenPass:
             alone = [self._vectors(source, rows[i : i + 1], [self.boundary], autocast=False) for i in range(len(rows))]
             vectors = [found[0][0][0] for found in alone]
             _, positions = read_positions(self.model, self.boundary, together)
-        if positions is not None and not self._inputs_are_read():
+        if positions is not None and not batches_are_read(self.trainer):
             at = in_row(positions, together["attention_mask"])
             ones = torch.stack([vector[i] for vector, i in zip(vectors, at, strict=True)])[:, None]
             try:
@@ -182,10 +194,6 @@ class FrozenPass:
             except CannotPrecompute:
                 pass  # it reads more of the batch than that token
         check_replay(self.replay, together, padded(torch.cat(vectors), together["attention_mask"]))
-
-    def _inputs_are_read(self) -> bool:
-        """Whether something beside the model reads the batches, which have one token a row in the vector form."""
-        return self.args.include_num_input_tokens_seen != "no" or "inputs" in self.args.include_for_metrics
 
     def _storage_error(
         self, source: Source, rows: np.ndarray, vectors: list[torch.Tensor], at: list[int], dtype: str
@@ -197,13 +205,8 @@ class FrozenPass:
         inputs = self._to_device(source.inputs(rows))
         if self.form == "vector":
             inputs = one_token(inputs, in_batch(at, inputs["attention_mask"]))
-        mask = inputs["attention_mask"]
-        logits = []
-        with in_eval_mode(self.model), torch.no_grad(), self.accelerator.autocast(), self.replay.installed():
-            for values in (torch.cat(vectors), torch.cat(vectors).to(stored).to(vectors[0].dtype)):
-                self.replay.activations = padded(values, mask)
-                logits.append(logits_of(self.model(**inputs)))
-        return relative_error(logits[1], logits[0])
+        with in_eval_mode(self.model), self.accelerator.autocast():
+            return rounding_error(self.replay, inputs, padded(torch.cat(vectors), inputs["attention_mask"]), stored)
 
     def _break_even(self, source: Source) -> float:
         """Epochs until the pass has paid: its time over what an epoch saves, from a batch of middling rows."""
@@ -211,32 +214,74 @@ class FrozenPass:
         middle = source.order[(len(source) - size) // 2 :][:size]
         inputs = self._to_device(source.inputs(middle))
         with in_eval_mode(self.model), self.accelerator.autocast():
-            forward = _seconds(lambda: self._vectors(source, middle, [self.boundary]))
-            plain = _seconds(lambda: self._step(inputs))
+            forward = seconds_of(lambda: self._vectors(source, middle, [self.boundary]))
             vectors, at = self._vectors(source, middle, [self.boundary])[0]
-            if self.form == "vector":
-                inputs = one_token(inputs, in_batch(at, inputs["attention_mask"]))
-            with self.replay.installed():
-                self.replay.activations = padded(torch.cat(vectors), inputs["attention_mask"])
-                ours = _seconds(lambda: self._step(inputs))
-        rows = sum(map(len, self.sources))
-        return forward * rows / (max(plain - ours, 1e-6) * len(source))
+            ours = one_token(inputs, in_batch(at, inputs["attention_mask"])) if self.form == "vector" else inputs
+            saved = seconds_saved(self.replay, inputs, padded(torch.cat(vectors), ours["attention_mask"]), ours)
+        return forward * sum(map(len, self.sources)) / (saved * len(source))
 
-    def _step(self, inputs: Batch) -> None:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(logits_of(self.model(**inputs)).sum(), trained, allow_unused=True)
+    # What is there
+
+    def _missing(self) -> list[bool]:
+        """Which entries are to be computed; one look for all processes."""
+        with all_or_none(self.cache_dir) as meet:
+            missing = []
+            for source, entry in zip(self.sources, self.entries, strict=True) if self._leads else ():
+                missing.append(not self._is_good(source, self.boundary, entry))
+                if missing[-1] and entry.is_complete:
+                    self._say(
+                        f"What was kept of {self.boundary.path} for {len(source):,} rows is damaged, or not what the "
+                        "layers put out now: it is computed anew"
+                    )
+            found: list[bool] = meet(missing)[0]
+        return found
+
+    def _is_good(self, source: Source, boundary: Boundary, entry: Entry) -> bool:
+        return entry.is_sound() and self._agrees(source, boundary, entry)
+
+    def _agrees(self, source: Source, boundary: Boundary, entry: Entry) -> bool:
+        """Whether what is kept of an entry, whole or in part, is what the layers put out for a few rows of it.
+
+        The key does not tell two versions of a model's code apart.
+        """
+        rows = a_few(entry.written(source.order))
+        if not len(rows):
+            return True
+        vectors, at = self._vectors(source, rows, [boundary])[0]
+        kept = replace(entry)  # which has not opened the files: another run may make them anew in the meantime
+        return same_vectors(kept.fetch(rows), torch.cat(vectors)) and (not at or kept.positions[rows].tolist() == at)
 
     # The pass
 
-    def _build(self, to_come: Sequence[Boundary]) -> None:
+    def _build(self, missing: Sequence[bool], to_come: Sequence[Boundary]) -> None:
         """Compute the entries, and in the same pass those of the boundaries to come where the disk has room."""
+        wanted: list[list[tuple[Boundary, Entry]]] = []
+        try:
+            with ExitStack() as locks, all_or_none(self.cache_dir) as meet:
+                wanted = meet(self._wanted(missing, to_come) if self._leads else None)[0]
+                # In one order in all runs, so that no two wait for each other; rows may be there twice.
+                folders = sorted({entry.folder for pairs in wanted for _, entry in pairs})
+                for folder in folders if self._leads else ():
+                    locks.enter_context(locked(folder, self._say))
+                for source, pairs in zip(self.sources, wanted, strict=True):
+                    self._build_entries(source, pairs, meet)
+        except CannotPrecompute:
+            for entry in [entry for pairs in wanted for _, entry in pairs if self._leads and not entry.is_complete]:
+                with suppress(OSError):
+                    remove_entry(entry.folder)  # the disk may be full, and the training that follows needs it
+            raise
+
+    def _wanted(self, missing: Sequence[bool], to_come: Sequence[Boundary]) -> list[list[tuple[Boundary, Entry]]]:
+        """For each source what is to be computed."""
         width, dtype = self.entries[0].width, self.entries[0].dtype
-        wanted = [[(self.boundary, entry)] for entry in self.entries]
-        room = sum(entry.nbytes for entry in self.entries if not entry.is_complete)
+        wanted = [[(self.boundary, entry)] * absent for entry, absent in zip(self.entries, missing, strict=True)]
+        room = sum(entry.nbytes for pairs in wanted for _, entry in pairs)
         check_room(self.cache_dir, room)
         for boundary in {one.path: one for one in to_come if one.path != self.boundary.path}.values():
             more = [self._entry(boundary, source, "sequence", width, dtype) for source in self.sources]
-            size = sum(entry.nbytes for entry in more)
+            size = sum(entry.nbytes for entry in more if not entry.is_complete)
+            if not size:
+                continue
             try:
                 check_room(self.cache_dir, room + size)
             except InputError:
@@ -245,19 +290,23 @@ class FrozenPass:
             room += size
             self._say(f"The same pass keeps what leaves {boundary.path} for a later phase: {size / 2**20:,.1f} MiB")
             for pairs, entry in zip(wanted, more, strict=True):
-                pairs.append((boundary, entry))
-        for source, pairs in zip(self.sources, wanted, strict=True):
-            first = pairs[0][1].folder
-            with locked(first, self._say) if self.args.process_index == 0 else nullcontext():
-                self._build_entries(source, [pair for pair in pairs if not pair[1].is_complete])
+                pairs += [(boundary, entry)] * (not entry.is_complete)
+        return wanted
 
-    def _build_entries(self, source: Source, pairs: list[tuple[Boundary, Entry]]) -> None:
-        if self.args.process_index == 0:
-            for _, entry in pairs:
-                entry.prepare()
-        self.accelerator.wait_for_everyone()
+    def _build_entries(
+        self, source: Source, pairs: list[tuple[Boundary, Entry]], meet: Callable[..., list[Any]]
+    ) -> None:
+        lower = None
+        if self._leads:
+            # Another run may have made them while this one waited for the locks.
+            pairs = [pair for pair in pairs if not self._is_good(source, *pair)]
+            for boundary, entry in pairs:
+                entry.prepare(keep=self._agrees(source, boundary, entry))
+            lower = self._find_lower(source, pairs) if pairs else None
+        pairs, lower = meet((pairs, lower))[0]
+        if not pairs:
+            return
         boundaries, entries = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        lower = self._find_lower(source, pairs) if pairs else None
 
         def compute(rows: np.ndarray) -> list[tuple[list[torch.Tensor], list[int]]]:
             found: list[tuple[list[torch.Tensor], list[int]]] = [([], []) for _ in entries]
@@ -269,7 +318,7 @@ class FrozenPass:
                     positions += at
             return found
 
-        hidden = self.args.disable_tqdm or self.args.process_index > 0
+        hidden = self.args.disable_tqdm or not self._leads
         with tqdm(desc="Precomputing", unit="part", disable=hidden) as bar:
 
             def show(done: int, parts: int) -> None:
@@ -277,8 +326,7 @@ class FrozenPass:
                 bar.update(done - bar.n)
 
             rank, world = self.args.process_index, self.args.world_size
-            with _all_or_none() as barrier:
-                build(entries, source.order, compute, rank=rank, world_size=world, barrier=barrier, on_part=show)
+            build(entries, source.order, compute, rank=rank, world_size=world, barrier=meet, on_part=show)
 
     def _find_lower(self, source: Source, pairs: list[tuple[Boundary, Entry]]) -> tuple[Boundary, Entry] | None:
         """The highest boundary below the ones to be made whose activations are there: the pass can begin at it."""
@@ -288,7 +336,7 @@ class FrozenPass:
         for count in range(len(lowest.blocks) - 1, 0, -1):
             below = lowest.cut(count)
             entry = self._entry(below, source, "sequence", pairs[0][1].width, pairs[0][1].dtype)
-            if entry.is_complete:
+            if self._is_good(source, below, entry):
                 self._say(f"The pass begins at what leaves {below.path}, which is there")
                 return below, entry
         return None
@@ -341,41 +389,10 @@ class FrozenPass:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.args.device) for name, value in batch.items()}
 
+    @property
+    def _leads(self) -> bool:
+        return self.args.process_index == 0
+
     def _say(self, line: str) -> None:
-        if self.args.process_index == 0:
+        if self._leads:
             logger.warning(line)
-
-
-@contextmanager
-def _all_or_none() -> Iterator[Callable[[], None]]:
-    """Yields a barrier of all processes that raises in each of them the `CannotPrecompute` that was raised in one."""
-    told = False
-
-    def barrier(failure: str = "") -> None:
-        nonlocal told
-        failures = [line for line in gather_object([failure]) if line]
-        if failures:
-            told = True
-            raise CannotPrecompute(failures[0])
-
-    try:
-        yield barrier
-    except CannotPrecompute as error:
-        if not told:
-            barrier(str(error))
-        raise
-
-
-def _equal(one: Batch, other: Batch) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Wall time of the second of two runs: the first one allocates."""
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds

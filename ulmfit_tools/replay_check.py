@@ -1,11 +1,13 @@
 """Whether a model gives the same numbers from the activations of its frozen part, and what of them it reads."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from ulmfit_tools.freeze_boundary import Batch, Boundary, CannotPrecompute, Replay, capturing
 
@@ -53,9 +55,50 @@ def _differ(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> bool:
     )
 
 
+def same_vectors(kept: torch.Tensor, computed: torch.Tensor) -> bool:
+    """Whether vectors that were stored, and may have been rounded for it, are those that were computed again."""
+    tolerance = max(TOLERANCE[kept.dtype], TOLERANCE[computed.dtype])
+    return kept.shape == computed.shape and relative_error(kept.to(computed), computed) <= tolerance
+
+
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest difference as a share of the reference's largest value."""
     return float((value - reference).abs().max() / reference.abs().max())
+
+
+def rounding_error(replay: Replay, batch: Batch, cached: torch.Tensor, stored: torch.dtype) -> float:
+    """How far the logits move when activations are stored in a type, as a share of the largest; in eval mode."""
+    logits = []
+    with torch.no_grad(), replay.installed():
+        for values in (cached, cached.to(stored).to(cached.dtype)):
+            replay.activations = values
+            logits.append(logits_of(replay.model(**batch)))
+    return relative_error(logits[1], logits[0])
+
+
+def seconds_saved(replay: Replay, batch: Batch, cached: torch.Tensor, replay_batch: Batch) -> float:
+    """By how much a forward and backward pass from activations is the shorter one; more than 0."""
+    model = replay.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(given: Batch) -> None:
+        torch.autograd.grad(logits_of(model(**given)).sum(), trained, allow_unused=True)
+
+    plain = seconds_of(lambda: step(batch))
+    with replay.installed():
+        replay.activations = cached
+        return max(plain - seconds_of(lambda: step(replay_batch)), 1e-6)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall time of the second of two runs: the first one allocates."""
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -93,6 +136,17 @@ def read_positions(model: nn.Module, boundary: Boundary, batch: Batch) -> tuple[
         return hidden.detach(), None
     read = gradient.abs().sum(-1) > 0
     return hidden.detach(), read.int().argmax(1) if bool((read.sum(1) == 1).all()) else None
+
+
+def batches_are_read(trainer: Trainer) -> bool:
+    """Whether something beside the model may read the batches, which have one token a row in the vector form.
+
+    A trainer's own loss may hand on some of a batch by name, and leave out the activations that are in it.
+    """
+    steps = ("compute_loss", "training_step", "prediction_step")
+    if any(getattr(getattr(trainer, step), "__func__", None) is not getattr(Trainer, step) for step in steps):
+        return True
+    return trainer.args.include_num_input_tokens_seen != "no" or "inputs" in trainer.args.include_for_metrics
 
 
 @contextmanager

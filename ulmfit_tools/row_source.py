@@ -1,6 +1,8 @@
 """The rows of a dataset as the model sees them: collated, counted, and told apart by their content."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from ulmfit_tools.activation_store import content_key
 from ulmfit_tools.data.numbered_rows import used_columns, used_names
 from ulmfit_tools.freeze_boundary import CannotPrecompute
 from ulmfit_tools.sampling import row_lengths
@@ -51,18 +52,41 @@ class Source:
         Raises:
             CannotPrecompute: The batches have no `input_ids` of the shape (rows, tokens).
         """
+        batch = self._unlabelled(rows)
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        return batch
+
+    def _unlabelled(self, rows: Sequence[int] | np.ndarray) -> Batch:
         batch = {name: value for name, value in self.batch(rows).items() if name not in self.label_names}
         if not isinstance(batch.get("input_ids"), torch.Tensor) or batch["input_ids"].dim() != 2:
             raise CannotPrecompute("The batches have no input_ids of the shape (rows, tokens)")
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         return batch
+
+    def check_repeats(self, rows: np.ndarray) -> None:
+        """See that some rows are collated the same each time.
+
+        Raises:
+            CannotPrecompute: They are not.
+        """
+        for _ in range(3):
+            one, other = self.inputs(rows), self.inputs(rows)
+            if one.keys() != other.keys() or any(not torch.equal(one[name], other[name]) for name in one):
+                raise CannotPrecompute("The collator gives another batch for the same rows each time: nothing is kept")
 
     @functools.cached_property
     def _read(self) -> tuple[np.ndarray, str]:
         lengths, digests = [], []
+        unmasked: set[int] = set()  # how wide batches and single rows are that have no mask
         for rows in slices(np.arange(len(self)), 1000):
-            batch = self.inputs(rows)
-            mask = batch["attention_mask"].bool()
+            batch = self._unlabelled(rows)
+            if "attention_mask" not in batch:
+                unmasked |= {part["input_ids"].shape[1] for part in (batch, *(self.batch([row]) for row in rows))}
+            if len(unmasked) > 1:
+                raise CannotPrecompute(
+                    f"The collator pads rows of {min(unmasked)} tokens to {max(unmasked)} without an attention_mask, "
+                    "so nothing tells what is padding: have it give one"
+                )
+            mask = batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             lengths.append(mask.sum(1).numpy().astype(np.int32))
             kept = {name: value[mask] if value.shape[:2] == mask.shape else value for name, value in batch.items()}
             digests.append(content_key(*(part for item in sorted(kept.items()) for part in item)))
@@ -93,3 +117,29 @@ def slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """The rows, so many at a time."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def a_few(rows: np.ndarray) -> np.ndarray:
+    """Eight of the rows at most, from the first to the last."""
+    return rows[np.linspace(0, len(rows) - 1, min(8, len(rows))).astype(int)]
+
+
+def content_key(*parts: Any) -> str:
+    """A name for what was made from some content: the same for the same content, on every machine.
+
+    Args:
+        *parts: Tensors and arrays (by type, shape and bytes), bytes, or values that JSON can hold.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            part = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        elif isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            part = np.ascontiguousarray(part).tobytes()
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True, default=str).encode()
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]

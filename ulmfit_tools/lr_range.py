@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
-# A short run likes up to twice the rate that is best for a long one, so closer probes would mislead; and classes that are
-# learned slowly need some dozens of steps before a loss says anything. Both seen in recipes/benchmarks/lr_suggestions.py.
+# A short run likes up to twice the rate that is best for a long one, so closer probes would mislead; and classes that
+# are learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
 PROBE_FACTORS, PROBE_STEPS = (0.25, 1.0, 4.0), 100
 
 

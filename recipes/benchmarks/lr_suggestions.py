@@ -4,6 +4,7 @@
     python recipes/benchmarks/lr_suggestions.py sweeps     # range tests on the same runs' starts
     python recipes/benchmarks/lr_suggestions.py table      # what each suggestion would have cost
 
+What the README states is the table of `--results recipes/benchmarks/results/lr_suggestions.jsonl`, without the hours.
 Every result is a line in the results file as soon as it is there; a command that was stopped goes on where it was.
 """
 

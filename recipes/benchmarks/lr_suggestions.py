@@ -298,7 +298,8 @@ def complete_cases(results: Results, options: argparse.Namespace) -> dict[Case, 
 def mean_points(complete: dict[Case, tuple[dict, dict[str, LRCurve]]], case: Case) -> list[tuple[float, float]]:
     """The true curve of a task, averaged over the seeds: the best of eight noisy accuracies is too high a mark."""
     alike = [points for other, (points, _) in complete.items() if replace(other, seed=case.seed) == case]
-    return [(rate, float(np.mean([points[rate] for points in alike]))) for rate in alike[0]]
+    shared = set.intersection(*map(set, alike))
+    return [(rate, float(np.mean([points[rate] for points in alike]))) for rate in sorted(shared)]
 
 
 def print_table(results: Results, options: argparse.Namespace) -> None:
@@ -335,7 +336,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ULMFIT_TOOLS_DATA", "../shared/data")))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="for the table: at least these")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, where the machine is faster with it")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch computes with")
     options = parser.parse_args()

@@ -296,7 +296,7 @@ def complete_cases(results: Results, options: argparse.Namespace) -> dict[Case, 
 
 
 def mean_points(complete: dict[Case, tuple[dict, dict[str, LRCurve]]], case: Case) -> list[tuple[float, float]]:
-    """The true curve of a task, averaged over the seeds: the best of eight noisy accuracies is too high a mark."""
+    """The true curve of a task, averaged over the seeds, for the best of noisy accuracies is a mark too high."""
     alike = [points for other, (points, _) in complete.items() if replace(other, seed=case.seed) == case]
     shared = set.intersection(*map(set, alike))
     return [(rate, float(np.mean([points[rate] for points in alike]))) for rate in sorted(shared)]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ulmfit_tools import activation_store
-from ulmfit_tools.activation_store import Entry, build, check_room, locked, remove_cache, remove_entry
+from ulmfit_tools.activation_store import Entry, build, check_room, in_use, locked, remove_cache, remove_entry
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.freeze_boundary import CannotPrecompute
 from ulmfit_tools.row_source import content_key
 
 LENGTHS = np.array([3, 1, 4, 1, 5], dtype=np.int32)
@@ -174,7 +175,7 @@ def test_killed_in_the_middle_and_two_at_once_it_is_built_once(tmp_path):
     said = sorted((process.communicate()[0].splitlines() for process in both), key=len)
     waited, built = said
     assert len(waited) == 2
-    assert "Another run is computing the same activations" in waited[0]
+    assert "Another run is at work on the same activations" in waited[0]
     assert built[-1] == waited[-1] == "last [[1023.0, 1023.0, 1023.0]]"
     assert [int(line.split()[1]) for line in built[:-1]][-2:] == [512, 768]
     assert "part 0" not in built  # it was there
@@ -215,10 +216,24 @@ def test_removing_leaves_what_is_being_computed_and_says_so(tmp_path, caplog):
     sizes = [file.stat().st_size for file in other.folder.iterdir()]
     with locked(made.folder, print):
         assert remove_cache(tmp_path) == sum(sizes) > other.nbytes
-        assert "1 of 2 sets of activations are being computed and were left" in caplog.text
+        assert "1 of 2 sets of activations are in use and were left" in caplog.text
         build([made], np.arange(5), compute)
     assert made.is_sound()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "entry.lock"]
+
+
+def test_removing_leaves_what_others_read(tmp_path):
+    """Two readers at once do not wait for each other; the entry goes once both are done."""
+    made = entry(tmp_path)
+    build([made], np.arange(5), compute)
+    with in_use([made]):
+        with in_use([made, made]):
+            assert remove_cache(tmp_path) == 0
+        assert remove_cache(tmp_path) == 0
+        assert made.is_sound()
+    assert remove_cache(tmp_path) >= made.nbytes
+    with pytest.raises(CannotPrecompute, match="were removed by another process"), in_use([made]):
+        pass
 
 
 def test_a_lock_that_was_removed_while_another_waited_is_made_again(tmp_path):

@@ -62,6 +62,9 @@ def test_evaluate_agrees_with_the_run(trained, data, capsys, tmp_path):
     recorded = json.loads((trained / "results.json").read_text())["metrics"]["test"]
     assert (scores["split"], scores["rows"]) == ("test", 24)
     assert scores["metrics"] == {key: recorded[key] for key in scores["metrics"]}
+    flags = ["evaluate", "--model", "no/model", "--dataset", data, "--json"]  # said before anything is loaded
+    assert "exists already" in refused(capsys, *flags, tmp_path / "e.json")
+    assert "is not a folder" in refused(capsys, *flags, tmp_path / "nowhere" / "e.json")
 
 
 def test_predict_text_file_and_output(trained, tmp_path, capsys):
@@ -156,7 +159,7 @@ def interrupted(argv):
 def test_an_interrupted_command_says_what_applies_to_it(capsys, monkeypatch):
     assert cli.run(interrupted, []) == 130
     assert capsys.readouterr().err == "ulmfit-tools: interrupted\n"
-    monkeypatch.setattr(cli, "_config_flags", interrupted)
+    monkeypatch.setattr(cli, "config_flags", interrupted)
     for command in (cli.train, functools.partial(cli.train, settings={"plan": "baseline"})):
         assert cli.run(command, []) == 130
         assert "--resume goes on" in capsys.readouterr().err

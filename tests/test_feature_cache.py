@@ -503,7 +503,24 @@ def test_all_that_is_written_is_locked_meanwhile(tmp_path, monkeypatch, caplog):
     assert said == [0] * 4
     assert taken == sorted(set(taken))  # in one order in all runs, so that no two wait for each other
     assert len(taken) == 4
-    assert "are being computed and were left" in caplog.text
+    assert "are in use and were left" in caplog.text
+
+
+def test_the_cache_in_use_is_not_removed(tmp_path):
+    """Nor need it be there any more afterwards."""
+    trainer = make_trainer(tmp_path / "head", HEAD)
+    with precomputed(trainer, cache_dir=tmp_path / "cache"):
+        assert remove_cache(tmp_path / "cache") == 0
+        trainer.train()
+    assert remove_cache(tmp_path / "cache") > 0
+    trainer.train()
+
+
+def test_windows_trains_through_the_layers(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "head", HEAD)
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(CannotPrecompute, match="on Linux and macOS"), precomputed(trainer, cache_dir=tmp_path):
+        pass
 
 
 def test_rows_that_are_there_twice(tmp_path):

@@ -82,3 +82,32 @@ def test_lr_range_cost_benchmark(model, data, tmp_path):
     flags = ["--model", model, "--dataset", data, "--rounds", "1", "--steps", "20"]
     printed = python(RECIPES / "benchmarks/lr_range_cost.py", *flags, cwd=tmp_path).stdout
     assert [name in printed for name in ("plain training", "lr_range_test", "torch-lr-finder")] == [True] * 3
+
+
+@pytest.mark.slow
+def test_precompute_benchmark(model, data, tmp_path):
+    flags = ["--model", model, "--dataset", data, "--rounds", "1", "--plain_steps", "2", "--cached_steps", "4"]
+    printed = python(RECIPES / "benchmarks/precompute.py", *flags, "--train", "head", cwd=tmp_path).stdout
+    row = next(line for line in printed.splitlines() if "head" in line)
+    assert "(vector)" in row
+
+
+@pytest.mark.slow
+def test_cache_scaling_benchmark(tmp_path):
+    flags = ["--rows", "40", "80", "--steps", "3"]
+    printed = python(RECIPES / "benchmarks/cache_scaling.py", *flags, cwd=tmp_path, COLUMNS="120").stdout
+    rows = [line.split("\u2502")[1:3] for line in printed.splitlines() if "MiB" in line]
+    # 24 tokens of 384 numbers of 4 bytes: 36 KiB a row
+    assert [[cell.strip() for cell in row] for row in rows] == [["40", "1 MiB"], ["80", "3 MiB"]]
+
+
+@pytest.mark.slow
+def test_lr_suggestions_benchmark(tmp_path):
+    """The table of the measured values that lie beside the recipe; those of a few starts are read off by hand."""
+    results = RECIPES / "benchmarks/results/lr_suggestions.jsonl"
+    flags = ["table", "--results", results, "--tasks", "trec", "--seeds", "0", "--rates", "1e-4", "2e-4"]
+    printed = python(RECIPES / "benchmarks/lr_suggestions.py", *flags, cwd=tmp_path).stdout
+    assert "2 starts" in printed
+    # At 1e-4 the rows have 0.917 and 0.905, and the best are 0.930 and 0.940; 5e-5 lies below, between 3e-5 and 1e-4.
+    assert "Case(task='trec', seed=0, discriminative=False): 0.930 at 0.0002" in printed
+    assert "Case(task='trec', seed=0, discriminative=True): 0.940 at 0.0004" in printed

@@ -91,6 +91,8 @@ class TestArguments:
                 "Did you mean \"slanted_triangular\"\\?.*lr_scheduler_type='slanted_triangle'",
             ),
             ({"lr_scheduler_type": "sgdr", "lr_scheduler_kwargs": {"cycle_length": 1}}, "cycle_len"),
+            ({"lr_scheduler_kwargs": "word"}, "JSON object.*Received: 'word'"),
+            ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "word"}, "JSON object.*Received: 'word'"),
             ({"warmup_steps": 10}, "slanted_triangular has its own rise.*warmup_steps=10"),
             ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is not needed here"),
             ({"learning_rate_low": 1e-6, "discriminative_factor": 2.0}, "leave out discriminative_factor"),

@@ -6,7 +6,7 @@ CACHE_DIR/
   4f6c.../positions.bin      for entries of one vector a row: which position of the row it is
   4f6c.../done.bin           a byte for each part: 1 once its vectors are on the disk
   4f6c.../complete.json      written last, with a checksum of the files; an entry without it is never read
-  4f6c.lock                  held by the process that builds or removes it
+  4f6c.lock                  held by the process that builds or removes it, or by those that read it
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -250,21 +250,44 @@ def build(
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of an entry; another process that wants it waits. The system frees it when the holder dies."""
+def locked(folder: Path, say: Callable[[str], None] = lambda line: None, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of an entry; another process that wants it waits. The system frees it when the holder dies.
+
+    Args:
+        folder: The entry's folder.
+        say: Told in one line that another process has it, before waiting for it.
+        shared: Hold it together with others who only read the entry.
+    """
     import fcntl  # here, as Windows has none
 
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(folder.with_suffix(".lock"), "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"Another run is computing the same activations in {folder.parent}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                say(f"Another run is at work on the same activations in {folder.parent}: waiting for it")
+                fcntl.flock(file, kind)
             if _is_there(file):  # else whoever held it removed it, and the next one makes another
                 yield
                 return
+
+
+@contextmanager
+def in_use(entries: Sequence[Entry]) -> Iterator[None]:
+    """While it lasts, `remove_cache` leaves these entries where they are.
+
+    Raises:
+        CannotPrecompute: One of them is not there any more.
+    """
+    with ExitStack() as locks:
+        for folder in sorted({entry.folder for entry in entries}):
+            locks.enter_context(locked(folder, shared=True))
+        for entry in entries:
+            if not entry.is_complete:
+                raise CannotPrecompute(f"The activations in {entry.folder} were removed by another process")
+        yield
 
 
 def _is_there(file: Any) -> bool:
@@ -337,7 +360,7 @@ def cache_size(cache_dir: str | Path) -> tuple[int, int]:
 
 
 def remove_cache(cache_dir: str | Path) -> int:
-    """Delete all entries in a folder, and nothing else in it; those that a run is computing are left, which is said.
+    """Delete all entries in a folder, and nothing else in it; those that a run is using are left, which is said.
 
     Returns:
         How many bytes were freed.
@@ -345,9 +368,7 @@ def remove_cache(cache_dir: str | Path) -> int:
     freed = [remove_entry(marker.parent) for marker in Path(cache_dir).glob("*/entry.json")]
     left = freed.count(None)
     if left:
-        logger.warning(
-            f"{left} of {len(freed)} sets of activations are being computed and were left: remove them later"
-        )
+        logger.warning(f"{left} of {len(freed)} sets of activations are in use and were left: remove them later")
     return sum(nbytes for nbytes in freed if nbytes is not None)
 
 
@@ -355,7 +376,7 @@ def remove_entry(folder: Path) -> int | None:
     """Delete an entry and its lock.
 
     Returns:
-        How many bytes were freed; None where another process holds the lock, and nothing was deleted.
+        How many bytes were freed; None where another process uses the entry, and nothing was deleted.
     """
     import fcntl
 

@@ -4,166 +4,32 @@ Bad input ends with one line on standard error and exit code 2; a run stopped by
 exits with 128 + the signal's number, as shells expect.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ulmfit_tools import __version__
+from ulmfit_tools.cli_flags import (
+    PROGRAM,
+    CacheFlags,
+    DataFlags,
+    EvaluateFlags,
+    GroupFlags,
+    ModelFlags,
+    PredictFlags,
+    RangeFlags,
+    TrainFlags,
+    as_flags,
+    config_flags,
+    defaults,
+    need,
+    parse,
+)
 from ulmfit_tools.errors import InputError, nearest
-
-PROGRAM = "ulmfit-tools"
-_NOT_GIVEN = object()  # a default that no flag can have: which flags were given decides what a plan may set
-
-
-def _help(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-_CONFIG = "YAML file with any of these flags; the command line wins over it."
-
-
-@dataclass
-class _ModelFlags:
-    model: str | None = _help("minilm (embedded), a Hub name, a model folder or a run folder.")
-    trust_remote_code: bool = _help("Let a Hub model run code of its own.", False)
-
-
-@dataclass
-class _DataFlags:
-    dataset: str | None = _help(
-        "stdlib-docs (embedded), a Hub name, a .csv .tsv .json .jsonl .parquet .txt file, a folder of splits, or a "
-        "save_to_disk folder."
-    )
-    text_column: str | None = _help("Column of the text, or two for text pairs: premise,hypothesis. Guessed if clear.")
-    label_column: str | None = _help("Column of the label. Guessed if clear.")
-    max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")
-
-
-@dataclass
-class _TrainFlags:
-    plan: str = _help(
-        "A shipped plan (baseline, chain_thaw, fastai_eight_steps, gradual_unfreezing) or a YAML file.",
-        "gradual_unfreezing",
-    )
-    validation_split: float | None = _help("Share of the training rows to validate on where no split is given. 0.1.")
-    resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
-    overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
-    config: str | None = _help(_CONFIG)
-
-
-@dataclass
-class _RangeFlags:
-    start_lr: float = _help("The first rate of the sweep (the head's).", 1e-7)
-    end_lr: float = _help("The last rate of the sweep; it stops before where the loss diverges.", 10.0)
-    num_steps: int = _help("Optimizer steps of the sweep.", 100)
-    mode: str = _help("exponential or linear.", "exponential")
-    confirm: bool = _help("Also train short probes around the suggestion, and take the best.", False)
-    eval_batches: int = _help(
-        "Take the loss on this many batches of the validation split, not on the training batches.", 0
-    )
-    plot: str | None = _help("Draw the curve into this picture file: .png, .pdf, .svg or what else matplotlib writes.")
-    json: str | None = _help("Write the curve into this JSON file.")
-    config: str | None = _help(_CONFIG)
-
-
-@dataclass
-class _GroupFlags:
-    learning_rate: float = _help("Rate of the last group.", 3e-4)
-    learning_rate_low: float | None = _help("Rate of the first group: geometric spacing in between.")
-    discriminative_factor: float | None = _help("Each group's rate is the next one's divided by this.")
-    num_layer_groups: int | None = _help("Merge the groups into this many.")
-
-
-@dataclass
-class _EvaluateFlags:
-    split: str | None = _help("Which split; by default test, else validation, else the only one.")
-    batch_size: int = _help("Texts at a time.", 64)
-    json: str | None = _help("Also write the metrics to this JSON file.")
-
-
-@dataclass
-class _CacheFlags:
-    folder: str | None = _help("The cache. Default: where plans keep it ($ULMFIT_TOOLS_CACHE, else the user's cache).")
-    remove: bool = _help("Delete the activations in it.", False)
-
-
-@dataclass
-class _PredictFlags:
-    model: str | None = _help("A run folder or any classifier's folder.")
-    text: list[str] | None = _help("One or more texts.")
-    file: str | None = _help("A file of texts: .txt (a text a line) .csv .tsv .json .jsonl .parquet.")
-    text_column: str | None = _help("Column of the text in the file. Guessed if clear.")
-    output: str | None = _help("Write a CSV file with text, label and score instead of a table.")
-    batch_size: int = _help("Texts at a time.", 64)
-    max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")
-
-
-def _parse(command: str, flag_classes: Sequence[type], argv: Sequence[str], description: str) -> dict[str, Any]:
-    """The flags that were given, and only those, as name -> value."""
-    from transformers import HfArgumentParser
-
-    names = [f"--{f.name}" for flag_class in flag_classes for f in dataclasses.fields(flag_class)]
-
-    class Parser(HfArgumentParser):  # one that raises where argparse prints its usage
-        def error(self, message: str):
-            _, _, unknown = message.partition("unrecognized arguments: ")
-            suggestion = nearest(unknown.split()[0].split("=")[0], names) if unknown else ""
-            raise InputError(f"{command}: {message}.{suggestion} '{PROGRAM} {command} --help' lists the flags")
-
-    parser = Parser(
-        tuple(flag_classes),  # type: ignore[arg-type]
-        prog=f"{PROGRAM} {command}",
-        description=description,
-        allow_abbrev=False,
-        usage="%(prog)s [flags]",
-    )
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        raise SystemExit(0)
-    for flag_class in flag_classes:
-        parser.set_defaults(**{f.name: _NOT_GIVEN for f in dataclasses.fields(flag_class) if f.init})
-    return {key: value for key, value in vars(parser.parse_args(list(argv))).items() if value is not _NOT_GIVEN}
-
-
-def _config_flags(argv: Sequence[str]) -> list[str]:
-    """The content of the `--config` file as flags."""
-    from ulmfit_tools.plans.files import read_yaml
-
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(list(argv))[0].config
-    return [] if path is None else as_flags(read_yaml(Path(path)))
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """A mapping as command-line flags; what is None is left out."""
-    flags: list[str] = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        listed = (
-            value if isinstance(value, list) else [json.dumps(value) if isinstance(value, (dict, bool)) else value]
-        )
-        flags += [f"--{key}", *map(str, listed)]
-    return flags
-
-
-def _defaults(flag_class: type, given: dict[str, Any]) -> Any:
-    """An instance of the flag class from what was given; the rest keeps its defaults."""
-    names = {f.name for f in dataclasses.fields(flag_class)}
-    return flag_class(**{key: value for key, value in given.items() if key in names})
-
-
-def _need(command: str, flags: Any, *names: str) -> None:
-    for name in names:
-        if getattr(flags, name) is None:
-            raise InputError(f"{command} needs --{name}. {type(flags).__dataclass_fields__[name].metadata['help']}")
 
 
 def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int:
@@ -178,13 +44,13 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
     from ulmfit_tools.reporting.tables import print_data, print_result
     from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
-    classes = [_ModelFlags, _DataFlags, _TrainFlags, ULMFiTTrainingArguments]
-    argv = [*as_flags(settings or {}), *_config_flags(argv), *argv]
-    given = _parse("train", classes, argv, _first_line(train))
-    model, data_flags, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _TrainFlags))
-    _need("train", model, "model")
-    _need("train", data_flags, "dataset")
-    own = {f.name for c in (_ModelFlags, _DataFlags, _TrainFlags) for f in dataclasses.fields(c)}
+    classes = [ModelFlags, DataFlags, TrainFlags, ULMFiTTrainingArguments]
+    argv = [*as_flags(settings or {}), *config_flags(argv), *argv]
+    given = parse("train", classes, argv, _first_line(train))
+    model, data_flags, flags = (defaults(c, given) for c in (ModelFlags, DataFlags, TrainFlags))
+    need("train", model, "model")
+    need("train", data_flags, "dataset")
+    own = {f.name for c in (ModelFlags, DataFlags, TrainFlags) for f in dataclasses.fields(c)}
     training = {key: value for key, value in given.items() if key not in own}
     if "output_dir" not in training:
         raise InputError("train needs --output_dir, the folder for the run")
@@ -222,16 +88,16 @@ def lr_find(argv: Sequence[str]) -> int:
     from ulmfit_tools.reporting.lr_plot import print_lr_curve, save_lr_curve
     from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
-    classes = [_ModelFlags, _DataFlags, _RangeFlags, ULMFiTTrainingArguments]
-    given = _parse("lr-find", classes, [*_config_flags(argv), *argv], _first_line(lr_find))
-    model, data, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _RangeFlags))
-    _need("lr-find", model, "model")
-    _need("lr-find", data, "dataset")
+    classes = [ModelFlags, DataFlags, RangeFlags, ULMFiTTrainingArguments]
+    given = parse("lr-find", classes, [*config_flags(argv), *argv], _first_line(lr_find))
+    model, data, flags = (defaults(c, given) for c in (ModelFlags, DataFlags, RangeFlags))
+    need("lr-find", model, "model")
+    need("lr-find", data, "dataset")
     for path in filter(None, (flags.plot, flags.json)):
         _check_new_file(path)
     if flags.plot is not None:
         _check_picture(flags.plot)
-    own = {f.name for c in (_ModelFlags, _DataFlags, _RangeFlags) for f in dataclasses.fields(c)}
+    own = {f.name for c in (ModelFlags, DataFlags, RangeFlags) for f in dataclasses.fields(c)}
     names = ("start_lr", "end_lr", "num_steps", "mode", "confirm", "eval_batches")
     with TemporaryDirectory() as folder:
         trainer = _range_trainer(model, data, {k: v for k, v in given.items() if k not in own}, folder)
@@ -307,9 +173,9 @@ def groups(argv: Sequence[str]) -> int:
     from ulmfit_tools.param_groups import group_learning_rates
     from ulmfit_tools.reporting.tables import print_groups
 
-    given = _parse("groups", [_ModelFlags, _GroupFlags], argv, _first_line(groups))
-    flags, rates = _defaults(_ModelFlags, given), _defaults(_GroupFlags, given)
-    _need("groups", flags, "model")
+    given = parse("groups", [ModelFlags, GroupFlags], argv, _first_line(groups))
+    flags, rates = defaults(ModelFlags, given), defaults(GroupFlags, given)
+    need("groups", flags, "model")
     model, _ = load_model_and_tokenizer(flags.model, label_names=["0", "1"], trust_remote_code=flags.trust_remote_code)
     found = layer_groups(model, rates.num_layer_groups)
     learning_rate = rates.learning_rate
@@ -324,10 +190,12 @@ def evaluate(argv: Sequence[str]) -> int:
     from ulmfit_tools.inference import evaluate_model
     from ulmfit_tools.reporting.tables import print_evaluation
 
-    given = _parse("evaluate", [_ModelFlags, _DataFlags, _EvaluateFlags], argv, _first_line(evaluate))
-    model, data, flags = (_defaults(c, given) for c in (_ModelFlags, _DataFlags, _EvaluateFlags))
-    _need("evaluate", model, "model")
-    _need("evaluate", data, "dataset")
+    given = parse("evaluate", [ModelFlags, DataFlags, EvaluateFlags], argv, _first_line(evaluate))
+    model, data, flags = (defaults(c, given) for c in (ModelFlags, DataFlags, EvaluateFlags))
+    need("evaluate", model, "model")
+    need("evaluate", data, "dataset")
+    if flags.json is not None:
+        _check_new_file(flags.json)
     result = evaluate_model(
         model.model,
         data.dataset,
@@ -350,9 +218,9 @@ def predict(argv: Sequence[str]) -> int:
     from ulmfit_tools.inference import predict_texts
     from ulmfit_tools.reporting.tables import print_predictions, write_predictions
 
-    given = _parse("predict", [_PredictFlags], argv, _first_line(predict))
-    flags = _defaults(_PredictFlags, given)
-    _need("predict", flags, "model")
+    given = parse("predict", [PredictFlags], argv, _first_line(predict))
+    flags = defaults(PredictFlags, given)
+    need("predict", flags, "model")
     if (flags.text is None) == (flags.file is None):
         raise InputError('predict needs texts: either --text "..." or --file texts.csv')
     if flags.output is not None:
@@ -372,7 +240,7 @@ def cache(argv: Sequence[str]) -> int:
     from ulmfit_tools.activation_store import cache_size, remove_cache
     from ulmfit_tools.feature_cache import activation_cache
 
-    flags = _defaults(_CacheFlags, _parse("cache", [_CacheFlags], argv, _first_line(cache)))
+    flags = defaults(CacheFlags, parse("cache", [CacheFlags], argv, _first_line(cache)))
     folder = Path(flags.folder) if flags.folder is not None else activation_cache()
     if flags.folder is not None and not folder.is_dir():
         raise InputError(f"There is no folder {folder}")

@@ -5,8 +5,9 @@ model runs, `frozen_pass` computes, and `activation_store` keeps the files. Froz
 """
 
 import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens, has_length
 from transformers.utils import logging
 
-from ulmfit_tools.activation_store import DTYPES, Entry
+from ulmfit_tools.activation_store import DTYPES, Entry, all_or_none, in_use
 from ulmfit_tools.data.numbered_rows import ROW
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.freeze_boundary import CannotPrecompute, find_boundary, in_batch, one_token, padded
@@ -83,23 +84,27 @@ def precomputed(
     sources = [Source(data, trainer) for data in given]
     frozen_pass = FrozenPass(trainer, find_boundary(model), sources, Path(cache_dir))
     report = frozen_pass.make(dtype, [find_boundary(model, trainable) for trainable in to_come])
-    collator = _Collator(before[2], sources, frozen_pass.entries, frozen_pass.form)
-    rows: dict[int, Any] = {id(data): collator.rows(number) for number, data in enumerate(given)}
-    swapped = {name: rows.get(id(data), data) for name, data in evaluated.items()}
-    keeper = _Keeper(frozen_pass, collator)
-    hook = model.register_forward_pre_hook(keeper.hand_over, with_kwargs=True)
-    try:
-        trainer.train_dataset = rows[id(before[0])]
-        trainer.eval_dataset = swapped if isinstance(before[1], dict) else swapped[None]
-        trainer.data_collator = collator
-        trainer.add_callback(keeper)
-        keeper.begin()
-        yield report
-    finally:
-        keeper.end()
-        hook.remove()
-        trainer.remove_callback(keeper)
-        trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = before
+    with ExitStack() as held:
+        with all_or_none(Path(cache_dir)) as meet:
+            held.enter_context(in_use(frozen_pass.entries))
+            meet()
+        collator = _Collator(before[2], sources, frozen_pass.entries, frozen_pass.form)
+        rows: dict[int, Any] = {id(data): collator.rows(number) for number, data in enumerate(given)}
+        swapped = {name: rows.get(id(data), data) for name, data in evaluated.items()}
+        keeper = _Keeper(frozen_pass, collator)
+        hook = model.register_forward_pre_hook(keeper.hand_over, with_kwargs=True)
+        try:
+            trainer.train_dataset = rows[id(before[0])]
+            trainer.eval_dataset = swapped if isinstance(before[1], dict) else swapped[None]
+            trainer.data_collator = collator
+            trainer.add_callback(keeper)
+            keeper.begin()
+            yield report
+        finally:
+            keeper.end()
+            hook.remove()
+            trainer.remove_callback(keeper)
+            trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = before
 
 
 def activation_cache() -> Path:
@@ -110,6 +115,8 @@ def activation_cache() -> Path:
 
 
 def _check_trainer(trainer: Trainer) -> None:
+    if sys.platform == "win32":
+        raise CannotPrecompute("Activations are precomputed on Linux and macOS; Windows lacks the locks for them")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.n_gpu > 1:
         raise CannotPrecompute("Activations are precomputed in one process or with DDP, one GPU for each process")
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:

@@ -209,13 +209,19 @@ class FrozenPass:
             return rounding_error(self.replay, inputs, padded(torch.cat(vectors), inputs["attention_mask"]), stored)
 
     def _break_even(self, source: Source) -> float:
-        """Epochs until the pass has paid: its time over what an epoch saves, from a batch of middling rows."""
+        """Epochs until the pass has paid: its time over what an epoch saves.
+
+        The pass takes rows of one length together, as in the middle of its order. So does training in batches of like
+        length; in random ones it pads all rows to the longest.
+        """
         size = min(self.args.train_batch_size, len(source))
         middle = source.order[(len(source) - size) // 2 :][:size]
-        inputs = self._to_device(source.inputs(middle))
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        rows = middle if by_length else np.random.default_rng(0).choice(len(source), size, replace=False)
+        inputs = self._to_device(source.inputs(rows))
         with in_eval_mode(self.model), self.accelerator.autocast():
             forward = seconds_of(lambda: self._vectors(source, middle, [self.boundary]))
-            vectors, at = self._vectors(source, middle, [self.boundary])[0]
+            vectors, at = self._vectors(source, rows, [self.boundary])[0]
             ours = one_token(inputs, in_batch(at, inputs["attention_mask"])) if self.form == "vector" else inputs
             saved = seconds_saved(self.replay, inputs, padded(torch.cat(vectors), ours["attention_mask"]), ours)
         return forward * sum(map(len, self.sources)) / (saved * len(source))

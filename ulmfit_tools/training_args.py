@@ -100,6 +100,11 @@ class ULMFiTTrainingArguments(TrainingArguments):
         if name in SCHEDULES:
             self.lr_scheduler_type = SchedulerType.LINEAR  # upstream turns the name into its own enumeration
         super().__post_init__()
+        if isinstance(self.lr_scheduler_kwargs, str):  # upstream leaves it as it is where it is no JSON object
+            raise InputError(
+                "lr_scheduler_kwargs are the schedule's settings as a JSON object, as '{\"cycle_len\": 1}'. Received: "
+                f"{self.lr_scheduler_kwargs!r}"
+            )
         if name in SCHEDULES:
             self.lr_scheduler_type = name
             self._check_schedule()

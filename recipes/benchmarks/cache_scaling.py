@@ -53,7 +53,7 @@ def write_rows(rows: int, folder: str) -> None:
     Dataset.from_dict(columns).save_to_disk(folder)
 
 
-def measure(rows: int, folder: str) -> dict[str, float]:
+def measure(rows: int, folder: str, steps: int) -> dict[str, float]:
     """One size: half of the layers frozen, so that a vector is kept for each token."""
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -70,7 +70,7 @@ def measure(rows: int, folder: str) -> dict[str, float]:
     args = Arguments(
         f"{folder}/run",
         per_device_train_batch_size=BATCH_SIZE,
-        max_steps=STEPS,
+        max_steps=steps,
         dataloader_pin_memory=False,
         **common,
     )
@@ -89,7 +89,7 @@ def measure(rows: int, folder: str) -> dict[str, float]:
         seconds = time.perf_counter() - start
     return {
         "build": report.seconds,
-        "step": seconds / STEPS,
+        "step": seconds / steps,
         "growth": peak.mebibytes - before,
         "cache": report.nbytes / 2**20,
     }
@@ -98,10 +98,11 @@ def measure(rows: int, folder: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # rows and folder: this process measures one size
     flags = parser.parse_args()
     if flags.one:
-        print(json.dumps(measure(int(flags.one[0]), flags.one[1])))
+        print(json.dumps(measure(int(flags.one[0]), flags.one[1], flags.steps)))
         return
     table = Table(title=f"{TOKENS} tokens of {WIDTH} numbers a row, batches of {BATCH_SIZE}")
     for column in ("rows", "cache", "pass", "pass, a 1,000 rows", "a step", "memory grows by"):
@@ -109,7 +110,7 @@ def main() -> None:
     for rows in flags.rows:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(rows, f"{folder}/rows")
-            command = [sys.executable, __file__, "--one", str(rows), folder]
+            command = [sys.executable, __file__, "--steps", str(flags.steps), "--one", str(rows), folder]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(printed.splitlines()[-1])
         table.add_row(

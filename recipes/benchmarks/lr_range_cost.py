@@ -4,10 +4,12 @@
 
 Needs the `benchmark` extra. All three train the same model with the same optimizer on batches of one length, over
 rates at which nothing diverges, so that all take all their steps; each puts the weights back at the end, but for the
-plain training. The order changes from round to round.
+plain training. The order changes from round to round. torch-lr-finder has its own loop, in which gradients are not
+clipped; `--max_grad_norm 0` takes clipping out of the others, too.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -47,12 +49,13 @@ class Batches(TrainDataLoaderIter):
         return inputs, inputs.pop("labels")
 
 
-def make_trainer(model: nn.Module, rows, collator, folder: str, steps: int) -> Trainer:
+def make_trainer(model: nn.Module, rows, collator, folder: str, steps: int, max_grad_norm: float) -> Trainer:
     args = TrainingArguments(
         folder,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=END_LR,
         max_steps=steps,
+        max_grad_norm=max_grad_norm,
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
@@ -62,21 +65,21 @@ def make_trainer(model: nn.Module, rows, collator, folder: str, steps: int) -> T
     return Trainer(model=model, args=args, train_dataset=rows, data_collator=collator)
 
 
-def contestants(model: nn.Module, rows, collator, folder: str, steps: int) -> dict[str, Callable[[], object]]:
+def contestants(make: Callable[[], Trainer]) -> dict[str, Callable[[], object]]:
     def plain() -> None:
-        make_trainer(model, rows, collator, folder, steps).train()
+        make().train()
 
     def ours() -> None:
-        trainer = make_trainer(model, rows, collator, folder, steps)
-        curve = lr_range_test(trainer, start_lr=START_LR, end_lr=END_LR, num_steps=steps)
-        assert curve.steps == steps, curve.stopped
+        trainer = make()
+        curve = lr_range_test(trainer, start_lr=START_LR, end_lr=END_LR, num_steps=trainer.args.max_steps)
+        assert curve.steps == trainer.args.max_steps, curve.stopped
 
     def peer() -> None:
-        trainer = make_trainer(model, rows, collator, folder, steps)
-        finder = LRFinder(LogitsOnly(model), trainer.create_optimizer(), nn.CrossEntropyLoss())
+        trainer = make()
+        finder = LRFinder(LogitsOnly(trainer.model), trainer.create_optimizer(), nn.CrossEntropyLoss())
         batches = Batches(trainer.get_train_dataloader())
-        finder.range_test(batches, start_lr=START_LR, end_lr=END_LR, num_iter=steps)
-        assert len(finder.history["lr"]) == steps
+        finder.range_test(batches, start_lr=START_LR, end_lr=END_LR, num_iter=trainer.args.max_steps)
+        assert len(finder.history["lr"]) == trainer.args.max_steps
         finder.reset()
 
     return {"plain training": plain, "lr_range_test": ours, "torch-lr-finder": peer}
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--label_column")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="0: nobody clips, as torch-lr-finder")
     flags = parser.parse_args()
     data = load_text_classification(flags.dataset, label_column=flags.label_column)
     model, tokenizer = load_model_and_tokenizer(flags.model, label_names=data.label_names)
@@ -96,7 +100,8 @@ def main() -> None:
     collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=TOKENS)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = list(contestants(model, rows, collator, folder, flags.steps).items())
+        make = functools.partial(make_trainer, model, rows, collator, folder, flags.steps, flags.max_grad_norm)
+        runs = list(contestants(make).items())
         runs[0][1]()  # the first training of a process allocates and is not counted
         for number in range(flags.rounds):
             shift = number % len(runs)

@@ -323,10 +323,26 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
             f"| {max(mean.values()):.2f} | {where} | {min(chosen.values()):.1e} to {max(chosen.values()):.1e} "
             f"| {np.mean(steps):.0f} |"
         )
+    print_other_seeds(complete)
     print("\nBest accuracies:")
     for case, (points, _) in complete.items():
         rate = max(points, key=lambda rate: points[rate])
         print(f"  {case}: {points[rate]:.3f} at {rate:g}")
+
+
+def print_other_seeds(complete: dict[Case, tuple[dict, dict[str, LRCurve]]]) -> None:
+    """What the best of all rates by real training costs when the seed is another one: how far a search can get."""
+    regrets, trainings = [], []
+    for case, (points, _) in complete.items():
+        for other, (tried, _) in complete.items():
+            if other != case and replace(other, seed=case.seed) == case:
+                regrets.append(100 * regret([*points.items()], max(tried, key=lambda rate: tried[rate])))
+                trainings.append(len(tried))
+    if regrets:
+        print(
+            f"\nThe best rate of another seed's whole curve ({np.mean(trainings):.0f} trainings): "
+            f"mean regret {np.mean(regrets):.2f}, worst {max(regrets):.2f}"
+        )
 
 
 def main() -> None:

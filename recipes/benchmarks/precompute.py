@@ -67,8 +67,8 @@ def compare(train: str, model, rows, collator, flags: argparse.Namespace) -> lis
     plain, ours, builds = [], [], []
     for _ in range(flags.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            plain.append(seconds_a_step(make_trainer(model, rows, collator, folder, PLAIN_STEPS, flags.bf16)))
-            trainer = make_trainer(model, rows, collator, folder, CACHED_STEPS, flags.bf16)
+            plain.append(seconds_a_step(make_trainer(model, rows, collator, folder, flags.plain_steps, flags.bf16)))
+            trainer = make_trainer(model, rows, collator, folder, flags.cached_steps, flags.bf16)
             with precomputed(trainer, cache_dir=f"{folder}/cache") as report:
                 builds.append(report.seconds)
                 ours.append(seconds_a_step(trainer))
@@ -96,13 +96,18 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--label_column")
     parser.add_argument("--max_length", type=int)
+    parser.add_argument("--train_rows", type=int, help="the pass takes so many rows; default: all")
     parser.add_argument("--train", nargs="+", default=TRAIN)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--plain_steps", type=int, default=PLAIN_STEPS)
+    parser.add_argument("--cached_steps", type=int, default=CACHED_STEPS)
     parser.add_argument("--bf16", action="store_true")
     flags = parser.parse_args()
     data = load_text_classification(flags.dataset, label_column=flags.label_column)
     model, tokenizer = load_model_and_tokenizer(flags.model, label_names=data.label_names)
     rows = tokenize(data, tokenizer, max_length=flags.max_length)["train"]
+    if flags.train_rows is not None:
+        rows = rows.shuffle(seed=0).select(range(flags.train_rows))
     table = Table(title=f"{flags.dataset}, {len(rows)} rows, batches of {BATCH_SIZE}")
     for column in ("trains", "rows/s plain", "rows/s precomputed", "ratio (from, to)", "limit", "build", "pays after"):
         table.add_column(column, justify="left" if column == "trains" else "right")

@@ -17,13 +17,15 @@ TESTS = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes to kill them")]
 
 
-def test_fifty_killed_runs_end_with_the_same_bits():
+@pytest.mark.parametrize(("runs", "more"), [(50, []), (8, ["--plan", "fastai_eight_steps"])])
+def test_killed_runs_end_with_the_same_bits(runs, more):
     # In a process of its own: it forks, and must not inherit the threads of this one.
-    done = subprocess.run([sys.executable, TESTS / "torture.py", "--runs", "50"], capture_output=True, text=True)
+    command = [sys.executable, TESTS / "torture.py", "--runs", str(runs), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
-    assert counts["kills"] > 50
-    assert (counts["identical"], counts["different"], counts["crashed"]) == (50, 0, 0), done.stdout
+    assert counts["kills"] > runs
+    assert (counts["identical"], counts["different"], counts["crashed"]) == (runs, 0, 0), done.stdout
 
 
 def test_sigterm_writes_a_checkpoint_exits_with_143_and_resumes_to_the_same_bits(tmp_path):

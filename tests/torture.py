@@ -2,12 +2,14 @@
 
     python tests/torture.py --runs 50            a four-phase plan of this package
     python tests/torture.py --runs 50 --plain    the same four phases in plain `Trainer`s
+    python tests/torture.py --runs 50 --plan fastai_eight_steps    a shipped plan, with range tests and precomputing
 
 Every second run is killed inside the writing of a checkpoint. "Identical" means: final weights to the bit, the states
 of all phases (steps, log with every loss and rate, best metric) and the final metrics.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -56,12 +58,16 @@ PLAN = FineTuningPlan(
 COMMON = {"use_cpu": True, "disable_tqdm": True, "seed": 11, "logging_steps": 1, "save_strategy": "steps"}
 
 
-def run_ours(base: Path, folder: Path) -> None:
+def run_ours(base: Path, folder: Path, plan: str | None = None) -> None:
     """One attempt at the plan: from the beginning, or from wherever the last attempt was stopped."""
+    # A cache for each run, so that computing it is among what is killed.
+    os.environ["ULMFIT_TOOLS_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
     # Evaluation by the same steps as saving, as `keep: best` writes a checkpoint at each evaluation.
     steps = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_nan_inf_filter": False}
+    if plan is not None:  # its cycles end with epochs, and are evaluated there
+        steps = {"per_device_train_batch_size": 8, "save_strategy": "epoch"}
     names = {"model": str(base / "model"), "data": str(base / "data")}
-    run_plan(PLAN, **names, output_dir=folder, resume=True, **COMMON, **steps)
+    run_plan(plan or PLAN, **names, output_dir=folder, resume=True, **COMMON | steps)
 
 
 def run_plain(base: Path, folder: Path) -> None:
@@ -190,7 +196,9 @@ def difference(expected: dict, got: dict) -> str:
     return ", ".join(parts)
 
 
-def torture(runs: int, plain: bool, seed: int = 0, report: Callable[[str], None] = print) -> Counter:
+def torture(
+    runs: int, plain: bool, seed: int = 0, plan: str | None = None, report: Callable[[str], None] = print
+) -> Counter:
     """Kill and resume `runs` times, each run from the start; count the outcomes.
 
     Returns:
@@ -208,7 +216,7 @@ def torture(runs: int, plain: bool, seed: int = 0, report: Callable[[str], None]
         base = Path(temporary)
         model_folder(base / "model", hidden_dropout_prob=0.1)
         colour_folder(base / "data", train=72, validation=24, test=24)
-        run = run_plain if plain else run_ours
+        run = run_plain if plain else functools.partial(run_ours, plan=plan)
         started = time.monotonic()
         if attempt(lambda: run(base, base / "whole"), None) != "done":
             raise RuntimeError("the uninterrupted run failed")
@@ -234,6 +242,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--plain", action="store_true", help="plain Trainer instead of a plan")
+    parser.add_argument("--plan", help="a shipped plan; default: one of four phases")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    print(dict(torture(flags.runs, flags.plain, flags.seed)))
+    print(dict(torture(flags.runs, flags.plain, flags.seed, flags.plan)))

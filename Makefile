@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
+# The tests compute in one thread each, so there is one process for each core; eight hold some six gigabytes.
+PARALLEL ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: install demo test test-fast lint types notebooks clean
 
@@ -22,10 +24,10 @@ demo: install
 
 # Everything: unit tests, the sweep over all architectures, slow tests, and the real data where it is at hand.
 test: install
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(PARALLEL)
 
 test-fast: install
-	$(PY) -m pytest tests -m "not slow and not real_data"
+	$(PY) -m pytest tests -m "not slow and not real_data" $(PARALLEL)
 
 lint: install
 	$(PY) -m ruff check .

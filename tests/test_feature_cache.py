@@ -31,6 +31,7 @@ from ulmfit_tools.feature_cache import CannotPrecompute, activation_cache, preco
 from ulmfit_tools.freeze_boundary import find_boundary
 from ulmfit_tools.freezing import freeze_to, keep_in_eval_mode
 from ulmfit_tools.lr_range import lr_range_test
+from ulmfit_tools.replay_check import same_vectors
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -278,6 +279,17 @@ def test_rounding_is_not_taken_for_other_layers(tmp_path, n, dtype, bf16):
     ]
 
 
+def test_what_is_multiplied_in_half_precision_is_compared_in_it():
+    """Layers put out float32 there, and another padding moved MiniLM's by 1.2e-3 of the largest."""
+    computed = torch.tensor([[1.0, -2.0]])
+    kept = computed + 2.4e-3
+    assert same_vectors(kept, computed, torch.bfloat16)
+    assert same_vectors(kept, computed, torch.float16)
+    assert not same_vectors(kept, computed, torch.float32)
+    assert same_vectors(kept.bfloat16(), computed, torch.float32)  # it was rounded to be stored
+    assert not same_vectors(kept + 0.5, computed, torch.bfloat16)
+
+
 def change_weight(trainer):
     trainer.model.bert.encoder.layer[1].output.dense.bias.data[0] += 1e-3
 
@@ -350,7 +362,7 @@ def no_adapter(model):
 
 @pytest.mark.parametrize("change", [other_adapter, other_scaling, no_adapter])
 def test_other_adapters_in_use_make_them_anew(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(frozen_pass, "same_vectors", lambda kept, computed: True)  # the key alone tells them apart
+    monkeypatch.setattr(frozen_pass, "same_vectors", lambda *compared: True)  # the key alone tells them apart
     model = adapted()
     run(make_trainer(tmp_path / "one", HEAD, model=model), tmp_path)
     assert run(make_trainer(tmp_path / "two", HEAD, model=model), tmp_path).reused

@@ -229,6 +229,18 @@ def test_keep_best_hands_on_the_weights_of_the_lowest_validation_loss(model, dat
     assert check.phases[0].metrics["loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_keep_best_goes_by_another_metric_where_the_plan_names_one(model, data, tmp_path):
+    phase = Phase(name="a", epochs=6, learning_rate=0.3, keep="best")
+    plan = FineTuningPlan(name="x", settings={"metric_for_best_model": "accuracy"}, phases=[phase])
+    result = run(plan, model, data, tmp_path / "run", lr_scheduler_type="constant")
+    log = json.loads((tmp_path / "run/phases/01-a/trainer_state.json").read_text())["log_history"]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    best = max(evaluations, key=lambda entry: entry["eval_accuracy"])  # the first of them
+    assert best["eval_loss"] > min(entry["eval_loss"] for entry in evaluations)  # by the loss it would be another
+    assert result.phases[0].metrics["accuracy"] == best["eval_accuracy"]
+    assert result.phases[0].metrics["loss"] == best["eval_loss"]
+
+
 def test_until_overfit_stops_and_resumes_with_the_same_bits(model, data, tmp_path):
     until = UntilOverfit(patience=1, max_epochs=8)
     plan = FineTuningPlan(name="x", phases=[Phase(name="a", until_overfit=until, learning_rate=0.3)])
@@ -287,6 +299,8 @@ def test_rates_of_a_phase_reach_the_optimizer(model, data, tmp_path):
         ({"lerning_rate": 1}, "no training argument 'lerning_rate'.*Did you mean \"learning_rate\""),
         ({"max_steps": 3}, "max_steps has no place.*'steps'"),
         ({"load_best_model_at_end": True}, "keep: best"),
+        ({"greater_is_better": True}, "greater_is_better has no place.*of every other metric the highest"),
+        ({"metric_for_best_model": "mcc"}, "would do nothing: no phase of plan 'two' keeps its best weights"),
         ({"num_train_epochs": 3}, "would do nothing: every phase of plan 'two' names its own epochs"),
         ({"lr_scheduler_type": "slanted"}, "slanted_triangular"),
     ],
@@ -295,6 +309,12 @@ def test_wrong_or_ignored_argument_is_refused_before_anything_is_written(model, 
     with pytest.raises(InputError, match=message):
         run(TWO_PHASES, model, data, tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_unknown_metric_of_a_plan_is_refused(tmp_path):
+    plan = FineTuningPlan(name="x", settings={"metric_for_best_model": "acuracy"}, phases=[Phase(name="a")])
+    with pytest.raises(InputError, match="Did you mean \"accuracy\".*metric_for_best_model='acuracy'"):
+        run_arguments(plan, tmp_path, {})
 
 
 def test_given_wins_over_plan_and_plan_over_default(tmp_path):

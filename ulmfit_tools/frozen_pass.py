@@ -255,7 +255,10 @@ class FrozenPass:
             return True
         vectors, at = self._vectors(source, rows, [boundary])[0]
         kept = replace(entry)  # which has not opened the files: another run may make them anew in the meantime
-        return same_vectors(kept.fetch(rows), torch.cat(vectors)) and (not at or kept.positions[rows].tolist() == at)
+        computed = torch.cat(vectors)
+        precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else computed.dtype
+        same = same_vectors(kept.fetch(rows), computed, precision)
+        return same and (not at or kept.positions[rows].tolist() == at)
 
     # The pass
 

@@ -55,9 +55,15 @@ def _differ(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> bool:
     )
 
 
-def same_vectors(kept: torch.Tensor, computed: torch.Tensor) -> bool:
-    """Whether vectors that were stored, and may have been rounded for it, are those that were computed again."""
-    tolerance = max(TOLERANCE[kept.dtype], TOLERANCE[computed.dtype])
+def same_vectors(kept: torch.Tensor, computed: torch.Tensor, precision: torch.dtype) -> bool:
+    """Whether vectors that were stored, and may have been rounded for it, are those that were computed again.
+
+    Args:
+        kept: What was stored.
+        computed: What the layers put out now, in a batch of other rows.
+        precision: The type in which the layers multiply. In mixed precision it is not that of what they put out.
+    """
+    tolerance = max(TOLERANCE[dtype] for dtype in (kept.dtype, computed.dtype, precision))
     return kept.shape == computed.shape and relative_error(kept.to(computed), computed) <= tolerance
 
 

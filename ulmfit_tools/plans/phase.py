@@ -57,7 +57,7 @@ class Phase:
         epochs: Length in epochs; may be a fraction.
         steps: Length in optimizer steps. At most one of `epochs`, `steps` and `until_overfit` is given; with none,
             the training argument `num_train_epochs` says how long.
-        until_overfit: Train until the validation loss turns up; the best checkpoint is kept.
+        until_overfit: Train until the validation loss turns up; the best checkpoint is kept, as by `keep: best`.
         learning_rate: Rate of the last group (the head); a span `(low, high)`: geometric spacing from the first group
             to the last; `auto`: what a range test at the start of the phase suggests, with its layers frozen; or
             `previous`: that of the phase before, whatever found it.
@@ -65,7 +65,8 @@ class Phase:
         num_groups: Merge the layer groups into this many before the rates are laid out.
         schedule: Name of a schedule: one of this package's or of `Trainer`'s own.
         schedule_settings: Settings of that schedule, such as `cycle_len` or `cut_frac`.
-        keep: `last` or `best`: the weights that go on to the next phase, best by validation loss.
+        keep: `last` or `best`: the weights that go on to the next phase. Best by the validation loss, or by the plan's
+            `metric_for_best_model`: accuracy, f1_macro, f1_weighted or mcc.
         precompute: Compute what leaves the frozen layers once for each row and train from that (`feature_cache`).
             Frozen layers then run without dropout. Where it cannot be done the phase says so and trains without.
         augment: Change the training texts on the fly, another way in each epoch; `true` for the default.

@@ -19,8 +19,7 @@ _RUN_DEFAULTS = {"eval_strategy": "epoch", "save_strategy": "epoch", "ddp_find_u
 _MANAGED = {
     "max_steps": "a phase's 'steps' says how long it trains",
     "load_best_model_at_end": "a phase's 'keep: best' does this",
-    "metric_for_best_model": "'keep: best' goes by the validation loss",
-    "greater_is_better": "'keep: best' goes by the validation loss",
+    "greater_is_better": "of the loss the lowest is the best, of every other metric the highest",
     "resume_from_checkpoint": "--resume goes on from the last good checkpoint",
     "save_only_model": "a checkpoint without optimizer could not be resumed",
     "do_train": "train trains and evaluates",
@@ -30,6 +29,9 @@ _MANAGED = {
     "ignore_data_skip": "a resumed run would see other data",
     "auto_find_batch_size": "a run whose batch size changes cannot be resumed to the bit",
 }
+
+# By what `keep: best` may go; the loss unless told otherwise.
+_BEST_BY = ("loss", "accuracy", "f1_macro", "f1_weighted", "mcc")
 
 # Arguments that serve only the phases that name none of their own: argument -> the phase's keys that replace it.
 _PHASE_KEYS = {
@@ -73,6 +75,12 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
     for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if not getattr(args, key) > 0:
             raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")
+    best_by = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best_by not in _BEST_BY:
+        raise InputError(
+            f"metric_for_best_model is one of {', '.join(_BEST_BY)}.{nearest(best_by, _BEST_BY)} Received: "
+            f"metric_for_best_model={args.metric_for_best_model!r}"
+        )
     args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
     return args
 
@@ -83,6 +91,11 @@ def _refuse_unused(plan: FineTuningPlan, key: str) -> None:
         raise InputError(
             f"--{key} would do nothing: every phase of plan '{plan.name}' names its own {' or '.join(replaced)}; "
             "change the plan's file, or leave the flag out"
+        )
+    if key == "metric_for_best_model" and all(phase.keep != "best" for phase in plan.phases):
+        raise InputError(
+            f"--{key} would do nothing: no phase of plan '{plan.name}' keeps its best weights; give one 'keep: best', "
+            "or leave the flag out"
         )
 
 
@@ -133,8 +146,8 @@ def phase_arguments(
         # The best checkpoint can only be kept where one is written at each evaluation.
         changes |= {
             "load_best_model_at_end": True,
-            "metric_for_best_model": "loss",
-            "greater_is_better": False,
+            "metric_for_best_model": args.metric_for_best_model or "loss",
+            "greater_is_better": bool(args.greater_is_better),  # derived from the metric
             "save_strategy": args.eval_strategy,
             "save_steps": args.eval_steps or args.save_steps,
         }

@@ -69,8 +69,9 @@ def lr_range_test(
         eval_batches: Instead of the loss on the training batches, take the mean loss on this many batches of the
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
-            the same start, and suggest the best of them. It finds out a suggestion that is far off, as on a noisy
-            curve; one that is about right it leaves alone. How many steps this costs is logged before it begins.
+            the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy
+            curve. One that is about right it mostly leaves alone, but a short run likes a higher rate than a long one
+            (the README has figures). How many steps this costs is logged before it begins.
         offload_folder: Keep the copy of the trainable weights in a temporary file in this folder; by default it is in
             the host's memory.
 

@@ -123,6 +123,15 @@ def test_folder_with_other_files_is_refused(model, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_killed_in_the_writing_of_its_first_file_begins_again(model, data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".incomplete-run.json").write_text('{"pla')
+    plan = FineTuningPlan(name="short", phases=[Phase(name="only", steps=1)])
+    assert run(plan, model, data, folder, resume=True).plan == "short"
+    assert not (folder / ".incomplete-run.json").exists()
+
+
 def test_overwrite_starts_anew(whole, model, data, tmp_path):
     shutil.copytree(whole.output_dir, tmp_path / "run")
     plan = FineTuningPlan(name="short", phases=[Phase(name="a", train="head", steps=1)])

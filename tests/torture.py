@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -117,8 +118,10 @@ def run_plain(base: Path, folder: Path) -> None:
     shutil.copy(start / "model.safetensors", folder / "model.safetensors")
 
 
-def attempt(job: Callable[[], None], kill: Callable[[float], bool] | None) -> str:
+def attempt(job: Callable[[], None], kill: Callable[[float], bool] | None, error: Path) -> str:
     """Run `job` in a forked process; `kill(seconds)` is asked every millisecond whether to kill it now.
+
+    What a crashed one raised is in the file `error`.
 
     Returns:
         `done`, `killed` or `crashed`.
@@ -133,6 +136,7 @@ def attempt(job: Callable[[], None], kill: Callable[[float], bool] | None) -> st
             job()
             os._exit(0)
         except BaseException:
+            error.write_text(traceback.format_exc())
             os._exit(1)
     started = time.monotonic()
     while True:
@@ -218,8 +222,8 @@ def torture(
         colour_folder(base / "data", train=72, validation=24, test=24)
         run = run_plain if plain else functools.partial(run_ours, plan=plan)
         started = time.monotonic()
-        if attempt(lambda: run(base, base / "whole"), None) != "done":
-            raise RuntimeError("the uninterrupted run failed")
+        if attempt(lambda: run(base, base / "whole"), None, base / "error") != "done":
+            raise RuntimeError(f"the uninterrupted run failed: {(base / 'error').read_text()}")
         duration = time.monotonic() - started
         expected = outcome(base / "whole")
         for number in range(runs):
@@ -229,11 +233,13 @@ def torture(
                 attempts += 1
                 # At most four kills a run, so that it ends.
                 kill = killer(rng, duration, folder, in_writing=number % 2 == 1) if attempts <= 4 else None
-                result = attempt(lambda folder=folder: run(base, folder), kill)
+                result = attempt(lambda folder=folder: run(base, folder), kill, base / "error")
                 counts["kills"] += result == "killed"
             what = "crashed" if result == "crashed" else difference(expected, outcome(folder))
             counts["crashed" if what == "crashed" else "different" if what else "identical"] += 1
             report(f"run {number + 1}: {attempts} attempts, {what or 'identical'}")
+            if what == "crashed":
+                report((base / "error").read_text())
             shutil.rmtree(folder, ignore_errors=True)
     return counts
 

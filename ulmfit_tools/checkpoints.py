@@ -27,7 +27,7 @@ from ulmfit_tools.errors import InputError
 
 MANIFEST = "manifest.json"
 RECORD = "ulmfit_state.json"  # what `ULMFiTTrainer` adds to Trainer's files
-_STAGING = ".incomplete-"
+STAGING = ".incomplete-"  # begins the name of what is being written
 _DELETED = ".deleted-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = [
@@ -73,7 +73,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def staging_folder(target: str | Path) -> Path:
     """Where the files of the folder `target` are written before it is whole: `.incomplete-NAME/NAME` beside it."""
     target = Path(target)
-    return target.with_name(_STAGING + target.name) / target.name
+    return target.with_name(STAGING + target.name) / target.name
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file that is there whole, or as it was before."""
     path = Path(path)
-    aside = path.with_name(_STAGING + path.name)
+    aside = path.with_name(STAGING + path.name)
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _sync(aside)
     os.replace(aside, path)
@@ -307,8 +307,8 @@ def clean_up(folder: str | Path) -> None:
     A staging folder that is whole (the process was killed between writing and renaming it) becomes the checkpoint
     that it was to be, unless there is one; any other is removed, and so is a checkpoint that was being deleted.
     """
-    for leftover in Path(folder).glob(f"{_STAGING}checkpoint-*"):
-        name = leftover.name.removeprefix(_STAGING)
+    for leftover in Path(folder).glob(f"{STAGING}checkpoint-*"):
+        name = leftover.name.removeprefix(STAGING)
         target, staging = leftover.with_name(name), leftover / name
         if staging.is_dir() and not target.exists() and not verify(staging):
             _put_in_place(staging, target)

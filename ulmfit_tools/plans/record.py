@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ulmfit_tools.checkpoints import write_json
+from ulmfit_tools.checkpoints import STAGING, write_json
 from ulmfit_tools.errors import InputError
 
 _LIBRARIES = ("ulmfit_tools", "torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
@@ -89,7 +89,8 @@ def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool
     if overwrite:
         return
     if old is None:
-        if folder.path.is_dir() and any(folder.path.iterdir()):
+        # A run that is killed while it writes its first file leaves that, unfinished, and nothing else.
+        if folder.path.is_dir() and any(not file.name.startswith(STAGING) for file in folder.path.iterdir()):
             raise InputError(
                 f"{folder.path} is not empty and holds no run of this tool: choose another --output_dir, "
                 "or add --overwrite to write into it"

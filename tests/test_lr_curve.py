@@ -66,6 +66,35 @@ def test_standard_error_is_that_of_the_mean_of_noise():
     assert np.sqrt((errors[:, 37] ** 2).mean()) == pytest.approx(expected, rel=0.05)
 
 
+def test_endurance_by_hand():
+    """A sweep from 1e-20 to 1e20 whose loss turns at 1. Half-way to the next point, at sqrt(10), it is back at 10.5.
+
+    So the limit is 10 ** (1 / 3), and the sweep is worth (1 + 1 / 100 + 1 / 10000 + ...) / 10 ** (2 / 3) steps at it.
+    """
+    curve = LRCurve(
+        rates=tuple(10.0**power for power in range(-20, 21)),
+        losses=(*[10.0] * 20, 0.0, *[11.0] * 20),
+        start_loss=10.0,
+        training_steps=10_000,
+    )
+    smoothed = dict(zip(curve.rates, curve.smoothed, strict=True))
+    share = (10.5 - smoothed[1]) / (smoothed[10] - smoothed[1])  # the smoothing reaches to the neighbours
+    limit = 10 ** (2 / 3 * share)
+    assert curve.rates[curve.turn] == 1
+    assert curve.back == pytest.approx(10**share)
+    assert curve.limit == pytest.approx(limit)
+    worth = 1 / 0.99 / limit**2
+    assert curve.suggestion == pytest.approx(limit / 3 * (worth / 10_000) ** 0.25)
+
+
+def test_the_loss_need_not_come_back():
+    """A sweep that ends before: its highest rate. One that only rises: the turn, where that is above 5 % already."""
+    assert curve_of(lambda rate: 2 - 1.5 / (1 + 1e-4 / rate), stopped="end").back == RATES[-1]
+    risen = LRCurve(rates=RATES[:6], losses=(9.0, 9, 9, 9, 9, 9), start_loss=1.0, training_steps=1)
+    assert risen.level == 9  # the median
+    assert risen.back == RATES[5]
+
+
 def test_horizon_by_hand():
     """Rates 1, 10, 100 until the turn: S = 10101; a training of 30303 steps may go up to sqrt(3 S / 30303) = 1."""
     curve = LRCurve(
@@ -77,7 +106,6 @@ def test_horizon_by_hand():
     assert curve.turn == 2
     assert horizon(curve) == pytest.approx(1)
     assert distance(curve) == pytest.approx(2 * 111 / 30303)
-    assert curve.suggestion == horizon(curve)
 
 
 def test_horizon_never_exceeds_the_turn():
@@ -89,12 +117,26 @@ def test_rates_that_fall_towards_the_input_bear_more():
     """Two groups, one at a seventh of the head's rate: rms = sqrt((1 + 1 / 49) / 2) = 5 / 7."""
     even, falling = falling_curve(), falling_curve(rate_share=5 / 7)
     assert falling.suggestion == pytest.approx(1.4 * even.suggestion)
-    assert falling_curve(rate_share=1e-3).suggestion == even.rates[even.turn]  # but no more than the turn
+    assert falling_curve(rate_share=1e-3).suggestion == even.limit  # but no more than the sweep
 
 
-def test_four_times_the_steps_take_half_the_rate():
-    once, four = (falling_curve(training_steps=steps) for steps in (300, 1200))
-    assert once.suggestion == pytest.approx(2 * four.suggestion)
+def test_sixteen_times_the_steps_take_half_the_rate():
+    once, more = (falling_curve(training_steps=steps) for steps in (300, 4800))
+    assert once.suggestion == pytest.approx(2 * more.suggestion)
+
+
+def test_noise_moves_the_limit_less_than_the_turn():
+    """A trained head: the loss falls by a third of the noise, from 1e-5 on, and is back at its level at 3e-3."""
+
+    def shallow(rate):
+        return 2 - 0.35 * min(1, max(0, math.log10(rate / 1e-5))) + 0.35 * (rate / 3e-3) ** 2
+
+    curves = [curve_of(shallow, noise=0.3, seed=seed) for seed in range(40)]
+    turns, backs, limits = (
+        np.std(np.log(values))
+        for values in zip(*[(curve.rates[curve.turn], curve.back, curve.limit) for curve in curves], strict=True)
+    )
+    assert max(backs, limits) < 0.6 * turns
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])

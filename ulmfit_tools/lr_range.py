@@ -157,9 +157,8 @@ def _confirmed(
     """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
 
     A probe takes half of the training's steps, or fewer. One of n steps stands for a training of T at its rate, with a
-    peak `(T / n) ** 0.25` times as high, in the same form: a rise over a tenth of its steps, and a fall to 0. By the
-    reasoning of `lr_curve.horizon` it would go as far with `(T / n) ** 0.5`, and as well as it can in its few steps at
-    no other rate than the training; between the two.
+    peak `(T / n) ** (1 / 4)` times as high, as in `lr_curve.endurance`, in the same form: a rise over a tenth of its
+    steps, and a fall to 0.
     """
     steps = min(PROBE_STEPS, max(curve.training_steps // 2, 4))
     logger.warning(

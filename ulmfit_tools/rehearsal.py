@@ -150,7 +150,10 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) ->
 
     # On the copy alone, and before its class's own methods, whatever that class is.
     rehearsal.create_scheduler = create_scheduler
+    # What is worked out for a log alone is left out: gradients are measured only where they are clipped.
     rehearsal.log = lambda logs, start_time=None: None
+    rehearsal.floating_point_ops = lambda inputs: 0
+    rehearsal._get_grad_norm = lambda model, grad_norm=None: grad_norm
     notes.attach(rehearsal, trainer.args)
     try:
         Trainer.train(rehearsal)  # a subclass's own `train` looks after signals and checkpoints

@@ -4,6 +4,7 @@
     python recipes/benchmarks/lr_suggestions.py sweeps     # range tests on the same runs' starts
     python recipes/benchmarks/lr_suggestions.py table      # what each suggestion would have cost
 
+With `--trained_head` all three start from a head that was trained alone for an epoch, as after a plan's first phase.
 What the README states is the table of `--results recipes/benchmarks/results/lr_suggestions.jsonl`, without the hours.
 Every result is a line in the results file as soon as it is there; a command that was stopped goes on where it was.
 """
@@ -15,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from datasets import concatenate_datasets, disable_progress_bars
 from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from ulmfit_tools import freeze_to
 from ulmfit_tools.data import load_model_and_tokenizer, load_text_classification, tokenize
 from ulmfit_tools.lr_curve import RULES, LRCurve, valley_index
 from ulmfit_tools.lr_range import lr_range_test
@@ -41,6 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
 MADE_ON = ["trec", "sst2", "clinc150", "stdlib-docs"]  # the tasks on which our rule was made; the others test it
 TRAIN_ROWS, HELD_OUT_ROWS, MAX_LENGTH = 1000, 1000, 64
 EPOCHS, BATCH_SIZE = 3, 16
+HEAD_RATE = 1e-3
 SEEDS = [0, 1]
 RATES = [1e-4, 8e-4, 2e-4, 3e-5, 4e-4, 1e-5, 1.6e-3, 3e-3]  # in the order in which they are run
 SWEEPS: dict[str, dict[str, Any]] = {
@@ -57,10 +60,11 @@ class Case:
     task: str
     seed: int
     discriminative: bool
+    trained_head: bool = False
 
     def key(self, kind: str, **more: Any) -> dict[str, Any]:
         """What names a result of this case."""
-        return {"kind": kind, "task": self.task, "seed": self.seed, "discriminative": self.discriminative, **more}
+        return {"kind": kind, **asdict(self), **more}
 
 
 class Results:
@@ -98,6 +102,7 @@ class Tasks:
         self.data_folder = data_folder
         self.bf16 = bf16
         self.tokenizer = load_model_and_tokenizer(MODEL, label_names=["no", "yes"])[1]
+        self.trained_heads: dict[Case, dict[str, torch.Tensor]] = {}
         self._loaded: dict[str, Any] = {}
 
     def load(self, case: Case) -> tuple[Any, Any, list[str]]:
@@ -129,7 +134,20 @@ def stratified_rows(labels: list[int], rows: int, seed: int) -> list[int]:
 
 
 def make_trainer(case: Case, tasks: Tasks, folder: str, rate: float = 1e-4) -> ULMFiTTrainer:
-    """A trainer at the start of its run: the head is drawn from the seed, and nothing is saved or logged."""
+    """A trainer at the start of its run: the head is drawn from the seed, or trained alone from there."""
+    if case.trained_head and case not in tasks.trained_heads:
+        head_trainer = new_trainer(case, tasks, folder, HEAD_RATE, epochs=1)
+        freeze_to(head_trainer.model, -1)
+        head_trainer.train()
+        tasks.trained_heads[case] = head_trainer.model.state_dict()
+    trainer = new_trainer(case, tasks, folder, rate, epochs=EPOCHS)
+    if case.trained_head:
+        trainer.model.load_state_dict(tasks.trained_heads[case])
+    return trainer
+
+
+def new_trainer(case: Case, tasks: Tasks, folder: str, rate: float, epochs: int) -> ULMFiTTrainer:
+    """A trainer of the pretrained model that saves and logs nothing."""
     train, held_out, label_names = tasks.load(case)
     set_seed(case.seed)
     model, _ = load_model_and_tokenizer(MODEL, label_names=label_names)
@@ -137,7 +155,7 @@ def make_trainer(case: Case, tasks: Tasks, folder: str, rate: float = 1e-4) -> U
         output_dir=folder,
         learning_rate=rate,
         discriminative_factor=None if case.discriminative else 1.0,
-        num_train_epochs=EPOCHS,
+        num_train_epochs=epochs,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=64,
         seed=case.seed,
@@ -162,12 +180,12 @@ def make_trainer(case: Case, tasks: Tasks, folder: str, rate: float = 1e-4) -> U
     return trainer
 
 
-def cases(tasks: list[str], seeds: list[int]) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The tasks vary fastest, so that a part of the results is balanced over them."""
-    for seed in seeds:
+    for seed in options.seeds:
         for discriminative in (False, True):
-            for task in tasks:
-                yield Case(task, seed, discriminative)
+            for task in options.tasks:
+                yield Case(task, seed, discriminative, options.trained_head)
 
 
 def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
@@ -177,8 +195,8 @@ def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
         for seed in options.seeds
         for discriminative in (False, True)
         for rate in options.rates
-        for case in cases(options.tasks, [seed])
-        if case.discriminative == discriminative
+        for case in cases(options)
+        if (case.seed, case.discriminative) == (seed, discriminative)
     ]
     for number, (case, rate) in enumerate(jobs, 1):
         key = case.key("curve", rate=rate)
@@ -205,7 +223,7 @@ def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
 
 def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
     """Range tests of every design from every start."""
-    for case in cases(options.tasks, options.seeds):
+    for case in cases(options):
         for name, settings in SWEEPS.items():
             key = case.key("sweep", sweep=name)
             if results.find(**key):
@@ -288,7 +306,7 @@ def regret(points: list[tuple[float, float]], rate: float) -> float:
 def complete_cases(results: Results, options: argparse.Namespace) -> dict[Case, tuple[dict, dict[str, LRCurve]]]:
     """The starts whose rates and sweeps are all there: the accuracy at each rate, and the sweeps by name."""
     complete = {}
-    for case in cases(options.tasks, options.seeds):
+    for case in cases(options):
         points = {line["rate"]: line["accuracy"] for line in results.find(**case.key("curve"))}
         sweeps = {line["sweep"]: line["curve"] for line in results.find(**case.key("sweep"))}
         if set(options.rates) <= set(points) and set(SWEEPS) <= set(sweeps):
@@ -355,6 +373,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=MADE_ON)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="for the table: at least these")
+    parser.add_argument("--trained_head", action="store_true", help="start from a head that was trained alone")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, where the machine is faster with it")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch computes with")
     options = parser.parse_args()

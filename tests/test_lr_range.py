@@ -486,6 +486,12 @@ def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypat
 # ---- For plans ------------------------------------------------------------------------------------------------------
 
 
+def test_a_plan_takes_twice_the_steps(tmp_path):
+    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+    curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
+    assert len(curve.rates) == 199, "all of them, but for the loss after the last"
+
+
 def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):
     record = tmp_path / "lr_range.json"
     trainer = make_trainer(tmp_path, ULMFiTTrainer)

@@ -30,6 +30,8 @@ from ulmfit_tools.training_args import ULMFiTTrainingArguments
 logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
+NUM_STEPS = 100
+PLAN_STEPS = 200  # of a test at whose curve nobody looks: more steps fall into the rates that matter, with less noise
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
 # A short run likes up to twice the rate that is best for a long one, so closer probes would mislead; and classes that
 # are learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
@@ -109,7 +111,9 @@ def lr_range_test(
     return replace(curve, seconds=time.perf_counter() - start)
 
 
-def find_learning_rate(trainer: Trainer, record: str | Path, **settings: Any) -> LRCurve:
+def find_learning_rate(
+    trainer: Trainer, record: str | Path, *, num_steps: int = PLAN_STEPS, **settings: Any
+) -> LRCurve:
     """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
 
     A run that is resumed calls this again and gets the same rate from the file. All processes must call it.
@@ -117,6 +121,8 @@ def find_learning_rate(trainer: Trainer, record: str | Path, **settings: Any) ->
     Args:
         trainer: A trainer that has not made its optimizer yet, at the weights from which it is to train.
         record: The JSON file of the curve.
+        num_steps: As in `lr_range_test`, but twice as many: nobody is asked about the curve of a trained head, whose
+            loss falls little.
         **settings: As in `lr_range_test`.
 
     Returns:
@@ -131,7 +137,7 @@ def find_learning_rate(trainer: Trainer, record: str | Path, **settings: Any) ->
     if found[0] is not None:
         curve = LRCurve.from_json(found[0])
     else:
-        curve = lr_range_test(trainer, **settings)
+        curve = lr_range_test(trainer, num_steps=num_steps, **settings)
         if trainer.is_world_process_zero():
             write_json(path, json.loads(curve.to_json()))
         say = logger.warning if curve.confidence == "low" else logger.info

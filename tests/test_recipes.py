@@ -108,5 +108,5 @@ def test_lr_suggestions_benchmark(tmp_path):
     flags = ["table", "--results", results, "--tasks", "trec", "--seeds", "0", "--rates", "1e-4", "2e-4"]
     printed = python(RECIPES / "benchmarks/lr_suggestions.py", *flags, cwd=tmp_path).stdout
     assert "2 starts" in printed
-    assert "Case(task='trec', seed=0, discriminative=False): 0.930 at 0.0002" in printed
-    assert "Case(task='trec', seed=0, discriminative=True): 0.940 at 0.0004" in printed
+    assert "trec, seed 0: 0.930 at 0.0002" in printed
+    assert "trec, seed 0, discriminative: 0.940 at 0.0004" in printed

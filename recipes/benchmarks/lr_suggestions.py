@@ -66,6 +66,9 @@ class Case:
         """What names a result of this case."""
         return {"kind": kind, **asdict(self), **more}
 
+    def __str__(self) -> str:
+        return f"{self.task}, seed {self.seed}" + ", discriminative" * self.discriminative
+
 
 class Results:
     """A JSONL file in which every result is found by its key; a half-written last line does not count."""
@@ -328,7 +331,8 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     if not complete:
         raise SystemExit(f"No start in {options.results} has all of its rates and sweeps yet")
     averaged_over_seeds = {case: mean_points(complete, case) for case in complete}
-    print(f"{len(complete)} starts (task, seed, discriminative or not)\n")
+    start = "after a head trained alone" if options.trained_head else "with a new head"
+    print(f"{len(complete)} starts (task, seed, discriminative or not) {start}\n")
     print("| rule | mean regret | worst | averaged: mean | worst | worst on | rates | steps |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (sweep, rule, cost) in contestants().items():
@@ -337,10 +341,9 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
         own = {case: 100 * regret([*complete[case][0].items()], rate) for case, rate in chosen.items()}
         mean = {case: 100 * regret(averaged_over_seeds[case], rate) for case, rate in chosen.items()}
         worst = max(own, key=lambda case: own[case])
-        where = f"{worst.task}, seed {worst.seed}{', discriminative' if worst.discriminative else ''}"
         print(
             f"| {name} | {np.mean([*own.values()]):.2f} | {own[worst]:.2f} | {np.mean([*mean.values()]):.2f} "
-            f"| {max(mean.values()):.2f} | {where} | {min(chosen.values()):.1e} to {max(chosen.values()):.1e} "
+            f"| {max(mean.values()):.2f} | {worst} | {min(chosen.values()):.1e} to {max(chosen.values()):.1e} "
             f"| {np.mean(steps):.0f} |"
         )
     print_other_seeds(complete)

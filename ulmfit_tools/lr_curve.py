@@ -23,7 +23,7 @@ SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the r
 CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 BACK = 0.05  # how far above the level from which it fell the loss must be to have lost all that it had gained
-ENDURED = 1 / 3  # of the sweep's limit, by a training as long as what the sweep spends there; see `endurance`
+ENDURED, LENGTH_POWER = 2 / 3, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,25 +254,22 @@ class LRCurve:
 
 
 def endurance(curve: LRCurve) -> float:
-    """What a whole training endures of the rate that ends a sweep: `limit / 3 * (n / T) ** (1 / 4)`.
+    """What a whole training of T steps endures of the rate that ends a sweep: `2 / 3 * limit / T ** (1 / 3)`.
 
-    The sweep is worth `n = sum r_t ** 2 / limit ** 2` steps at its limit, with the usual settings three or four. What
-    they begin to spoil, the T steps of the training spoil. How fast the best rate falls with the number of steps lies
-    between two cases. One step of Adam moves each weight by about the rate, however large the gradient is; steps in
-    changing directions add up as in a random walk, and T steps go as far as n with a rate `(n / T) ** (1 / 2)` as high
-    (`horizon`). But where the loss pulls the weights back, they soon go no further, and the best rate does not depend
-    on T at all.
+    A sweep takes three or four steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best
+    rate falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
+    however large the gradient is; steps in changing directions add up as in a random walk, and T steps go as far with
+    a rate `T ** (-1 / 2)` as high (`horizon`). But where the loss pulls the weights back, they soon go no further, and
+    the best rate does not depend on T at all.
 
     What a long training spoils little by little are the layers near the input; what ends a sweep is its fastest
     group. Where rates fall towards the input the training bears more: the suggestion is divided by `rate_share`, the
     root mean square of the rates over the layer groups. It is never above the limit itself.
 
-    The fourth root, the weights in `limit` and the third were chosen on true curves of MiniLM on four datasets, from a
-    new head and from a trained one (recipes/benchmarks/lr_suggestions.py).
+    The cube root, the weights in `limit` and the 2 / 3 were chosen on true curves of MiniLM on four datasets, from a
+    new head and from a trained one, and over 190 to 1,080 steps (recipes/benchmarks/lr_suggestions.py).
     """
-    until = np.array(curve.rates)[np.array(curve.rates) <= curve.limit] / curve.limit
-    share = ENDURED * (float(until @ until) / curve.training_steps) ** 0.25
-    return curve.limit * min(share / curve.rate_share, 1.0)
+    return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_share, 1.0)
 
 
 def horizon(curve: LRCurve) -> float:

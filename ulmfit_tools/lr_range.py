@@ -22,7 +22,7 @@ from transformers.trainer_utils import has_length
 
 from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError, nearest
-from ulmfit_tools.lr_curve import LRCurve, Probe, has_diverged
+from ulmfit_tools.lr_curve import LENGTH_POWER, LRCurve, Probe, has_diverged
 from ulmfit_tools.rehearsal import LossNotes, list_parameters, rehearse
 from ulmfit_tools.restoring import unchanged
 from ulmfit_tools.training_args import ULMFiTTrainingArguments
@@ -163,7 +163,7 @@ def _confirmed(
     """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
 
     A probe takes half of the training's steps, or fewer. One of n steps stands for a training of T at its rate, with a
-    peak `(T / n) ** (1 / 4)` times as high, as in `lr_curve.endurance`, in the same form: a rise over a tenth of its
+    peak `(T / n) ** (1 / 3)` times as high, as in `lr_curve.endurance`, in the same form: a rise over a tenth of its
     steps, and a fall to 0.
     """
     steps = min(PROBE_STEPS, max(curve.training_steps // 2, 4))
@@ -176,7 +176,7 @@ def _confirmed(
     for factor in PROBE_FACTORS:
         rewind()
         rate = curve.suggestion * factor
-        peak = rate * max(curve.training_steps / steps, 1.0) ** 0.25
+        peak = rate * max(curve.training_steps / steps, 1.0) ** LENGTH_POWER
         notes = rehearse(
             trainer, optimizer, LossNotes([peak * share for share in shape], eval_batches, lambda losses: False)
         )

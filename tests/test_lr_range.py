@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
 from tiny_text import tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -482,6 +483,18 @@ def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypat
     assert len({note.losses[0] for note in notes}) == 1, "with dropout on"
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+def test_nothing_is_worked_out_for_a_log(tmp_path, monkeypatch, clipped):
+    """Trainer measures gradients for its log where it does not clip them, and counts operations in every step."""
+    trainer = make_trainer(tmp_path, max_grad_norm=1.0 if clipped else 0.0)
+    measured = []
+    norm = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *args: measured.append(args) or norm(*args))
+    monkeypatch.setattr(Trainer, "floating_point_ops", lambda *args: pytest.fail("operations are counted"))
+    curve = lr_range_test(trainer, **SHORT)
+    assert len(measured) == (curve.steps if clipped else 0)
+
+
 # ---- For plans ------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +502,17 @@ def test_a_plan_takes_twice_the_steps(tmp_path):
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
     assert len(curve.rates) == 199, "all of them, but for the loss after the last"
+
+
+def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
+    record = tmp_path / "lr_range.json"
+    find_learning_rate(make_trainer(tmp_path, ULMFiTTrainer), record, **SHORT)
+    kept = json.loads(record.read_text())
+    kept["read"]["suggestions"]["default"] = 0.0123
+    record.write_text(json.dumps(kept))
+    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+    find_learning_rate(trainer, record)
+    assert trainer.args.learning_rate == 0.0123
 
 
 def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):

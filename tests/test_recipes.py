@@ -1,5 +1,6 @@
 """The recipes run as they stand, on tiny models and data."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_text import colour_folder, model_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -110,3 +112,24 @@ def test_lr_suggestions_benchmark(tmp_path):
     assert "2 starts" in printed
     assert "trec, seed 0: 0.930 at 0.0002" in printed
     assert "trec, seed 0, discriminative: 0.940 at 0.0004" in printed
+
+
+def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):
+    """The head is trained, what is below it is not, and every trainer of a case begins at the same weights."""
+    spec = importlib.util.spec_from_file_location("lr_suggestions", RECIPES / "benchmarks/lr_suggestions.py")
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, recipe)
+    spec.loader.exec_module(recipe)
+    monkeypatch.setattr(recipe, "MODEL", model)
+    monkeypatch.setattr(recipe, "TASKS", {"colours": {"source": data}})
+    tasks = recipe.Tasks(tmp_path, bf16=False)
+    weights = [
+        recipe.make_trainer(recipe.Case("colours", 0, True, trained), tasks, str(tmp_path)).model.state_dict()
+        for trained in (False, True, True)
+    ]
+    moved = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert {name.removesuffix(".weight").removesuffix(".bias") for name in moved} == {
+        "bert.pooler.dense",
+        "classifier",
+    }
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[1].items())

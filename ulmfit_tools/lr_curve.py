@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the rate
 CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
-BACK = 0.05  # how far above the level from which it fell the loss must be to have lost all that it had gained
+BACK = 0.05  # how far above its first level the loss must be, as a share of it, to have lost all that it had gained
 ENDURED, LENGTH_POWER = 2 / 3, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
 
@@ -110,8 +110,20 @@ class LRCurve:
 
     @cached_property
     def level(self) -> float:
-        """The loss before anything is learned: the median of the first tenth of the losses."""
-        return float(np.median([self.start_loss, *self.losses[: max(4, len(self.losses) // 10)]]))
+        """The loss before anything is learned: the median of the losses at rates next to nothing."""
+        return float(np.median([self.start_loss, *self.losses[: self._next_to_nothing]]))
+
+    @cached_property
+    def _next_to_nothing(self) -> int:
+        """How many losses are at rates next to nothing: a tenth of them, while the rate does not rise tenfold."""
+        tenfold = int(np.searchsorted(self.rates, 10 * self.rates[0]))
+        return min(max(4, len(self.losses) // 10), tenfold)
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """The standard error of each smoothed loss if all losses are as noisy as most: by their differences."""
+        single = float(np.median(np.abs(np.diff(self.losses)))) * 1.05  # 1.4826 / sqrt(2), for a normal distribution
+        return single * np.sqrt((self._weights**2).sum(1))
 
     @cached_property
     def lowest(self) -> int:
@@ -121,7 +133,7 @@ class LRCurve:
     @cached_property
     def clearness(self) -> float:
         """How many standard errors the loss falls, from its level to its lowest."""
-        before = self.standard_errors[: max(4, len(self.losses) // 10)]
+        before = self.standard_errors[: self._next_to_nothing]
         error = math.hypot(self.standard_errors[self.lowest], float(np.mean(before)))
         fall = self.level - self.smoothed[self.lowest]
         return fall / error if error > 0 else (math.inf if fall > 0 else 0.0)
@@ -135,38 +147,38 @@ class LRCurve:
         the lowest is looked for within two decades below it.
         """
         smoothed, rates = np.array(self.smoothed), np.array(self.rates)
-        noise = float(np.median(np.abs(np.diff(self.losses)))) * 1.05 * np.sqrt((self._weights**2).sum(1))
         so_far = np.array([np.median(self.losses[: max(index + 1, 10)]) for index in range(len(rates))])
-        risen = smoothed - so_far > np.maximum(SURE * noise, SMALL * abs(self.level))
+        risen = smoothed - so_far > np.maximum(SURE * self.noise, SMALL * abs(self.level))
         calm = max(int(np.argmax(risen)) if risen.any() else len(rates), 1)
         if self.clearness >= CLEAR:
             return int(np.argmin(np.where(rates >= rates[calm - 1] / 100, smoothed, math.inf)))
         above = smoothed[:calm] - float(np.median(self.losses[:calm]))
-        harmless = np.flatnonzero(above <= np.maximum(noise[:calm] / 2, SMALL * abs(self.level)))
+        harmless = np.flatnonzero(above <= np.maximum(self.noise[:calm] / 2, SMALL * abs(self.level)))
         return int(harmless[-1]) if harmless.size else 0
 
     @cached_property
     def back(self) -> float:
-        """The rate at which the sweep has lost what it had gained: its loss is 5 % above the level from which it fell.
+        """The rate at which the sweep has lost what it had gained: its loss is clearly above its first level.
 
-        Between two points by the logarithm of the rate; where the sweep ended before, its highest rate.
+        That is by 5 %, or by what stands out from the noise. Between two points by the logarithm of the rate; where
+        the sweep ended before, its highest rate.
         """
-        lost = self.level + BACK * abs(self.level)
-        after = np.flatnonzero(np.array(self.smoothed[self.turn :]) > lost)
+        above = np.array(self.smoothed) - self.level - np.maximum(BACK * abs(self.level), SURE * self.noise)
+        after = np.flatnonzero(above[self.turn :] > 0)
         if not after.size:
             return self.rates[-1]
         index = self.turn + int(after[0])
         if index == self.turn:
             return self.rates[index]
         logs = np.log(self.rates[index - 1 : index + 1])
-        return math.exp(float(np.interp(lost, self.smoothed[index - 1 : index + 1], logs)))
+        return math.exp(float(np.interp(0, above[index - 1 : index + 1], logs)))
 
     @cached_property
     def limit(self) -> float:
         """The rate that a sweep does not bear: `turn ** (1 / 3) * back ** (2 / 3)`, as rates.
 
-        Where the loss turns up says more, but noise moves it: a head that is trained already leaves a shallow valley,
-        in which other batches move the turn by a factor of four, and `back` by less than two.
+        Where the loss turns up says more, but noise moves it: a head that is trained already leaves a shallow valley.
+        With other batches the turn of such curves lay up to a factor of four apart, `back` by two.
         """
         return self.rates[self.turn] ** (1 / 3) * self.back ** (2 / 3)
 
@@ -175,13 +187,13 @@ class LRCurve:
     @cached_property
     def suggestions(self) -> dict[str, float]:
         """The default and the usual readings, by name."""
-        return {"default": self.suggestion, **{name: RULES[name](self) for name in READINGS}}
+        return {"default": self.suggestion, **{name: reading(self) for name, reading in READINGS.items()}}
 
     @cached_property
     def suggestion(self) -> float:
         """The default: the best of the probes, or where there are none, `endurance`."""
         tried = [(probe.loss, probe.rate) for probe in self.probes if probe.loss is not None]
-        return min(tried)[1] if tried else RULES[DEFAULT_RULE](self)
+        return min(tried)[1] if tried else endurance(self)
 
     @property
     def cyclical_range(self) -> tuple[float, float]:
@@ -218,7 +230,8 @@ class LRCurve:
             return f"The loss falls by {fall:.3g}, {self.clearness:.1f} standard errors, and turns up at {self._turn}."
         if not self.turns_up:
             return f"{told}, nor does it rise: raise end_lr, or take more steps."
-        return f"{told}. The suggestion goes by where it rises ({self._turn}); more steps or eval_batches would help."
+        where = f"{self._turn} to {self.back:.1e}"
+        return f"{told}. The suggestion goes by where it rises ({where}); more steps or eval_batches would help."
 
     @property
     def _turn(self) -> str:
@@ -256,56 +269,22 @@ class LRCurve:
 def endurance(curve: LRCurve) -> float:
     """What a whole training of T steps endures of the rate that ends a sweep: `2 / 3 * limit / T ** (1 / 3)`.
 
-    A sweep takes three or four steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best
-    rate falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
+    A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
+    falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
     however large the gradient is; steps in changing directions add up as in a random walk, and T steps go as far with
-    a rate `T ** (-1 / 2)` as high (`horizon`). But where the loss pulls the weights back, they soon go no further, and
-    the best rate does not depend on T at all.
+    a rate `T ** (-1 / 2)` as high. But where the loss pulls the weights back, they soon go no further, and the best
+    rate does not depend on T at all.
 
     What a long training spoils little by little are the layers near the input; what ends a sweep is its fastest
     group. Where rates fall towards the input the training bears more: the suggestion is divided by `rate_share`, the
     root mean square of the rates over the layer groups. It is never above the limit itself.
 
-    The cube root, the weights in `limit` and the 2 / 3 were chosen on true curves of MiniLM on four datasets, from a
-    new head and from a trained one, and over 190 to 1,080 steps (recipes/benchmarks/lr_suggestions.py).
+    The weights in `limit` and the 2 / 3 were chosen on true curves of MiniLM on four datasets, 189 steps from a new
+    head and from a trained one, after sweeps of 100 steps over eight decades (recipes/benchmarks/lr_suggestions.py).
+    The cube root is a judgement by single trainings of 570 to 1,080 steps, which were best at a half to the whole of
+    the rate for 189.
     """
     return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_share, 1.0)
-
-
-def horizon(curve: LRCurve) -> float:
-    """The rate at which the whole training goes as far as the sweep went before its loss turned up.
-
-    One step of Adam moves each weight by about the rate, however large the gradient is. Steps in changing directions
-    add up as in a random walk: n of them at rate r go as far as `r * sqrt(n)`, and a run with rates r_t as far as
-    `sqrt(sum r_t ** 2)`. What the sweep bore up to its turn, `S = sum r_t ** 2`, the training may spend over its T
-    steps. Under a schedule that rises to its peak and falls to 0 in straight lines they sum to `peak ** 2 * T / 3`, so
-    `peak = sqrt(3 S / T)`. That the best rate falls with the root of the number of steps is also what theory has for
-    stochastic gradients (Nemirovski et al. 2009, section 2.2).
-
-    Where rates fall towards the input the training bears more, `peak / rate_share`: as far as layers at one rate would
-    go, on the root mean square over the layer groups. It is never above the rate at the turn itself.
-    """
-    until = np.array(curve.rates[: curve.turn + 1])
-    peak = math.sqrt(3 * float(until @ until) / curve.training_steps) / curve.rate_share
-    return min(peak, curve.rates[curve.turn])
-
-
-def distance(curve: LRCurve) -> float:
-    """As `horizon`, for steps that all go the same way: `peak = 2 sum r_t / T`. The cautious end of the two."""
-    until = curve.rates[: curve.turn + 1]
-    return min(2 * sum(until) / curve.training_steps, curve.rates[curve.turn])
-
-
-def middle(curve: LRCurve) -> float:
-    """The geometric mean of the rate from which the loss clearly falls and the rate at which it turns up."""
-    falling = np.array(curve.smoothed) < curve.level - CLEAR * np.array(curve.standard_errors)
-    clear = [index for index in range(curve.turn + 1) if falling[index : curve.turn + 1].all()]
-    return math.sqrt(curve.rates[clear[0] if clear else curve.turn] * curve.rates[curve.turn])
-
-
-def consensus(curve: LRCurve) -> float:
-    """The median of `endurance` and the four usual readings, two of which say too much and two too little."""
-    return sorted(rule(curve) for rule in (endurance, still_falling, steepest, valley, minimum_tenth))[2]
 
 
 def steepest(curve: LRCurve) -> float:
@@ -348,19 +327,12 @@ def valley_index(losses: Sequence[float]) -> int:
     return begin + int(third) + int(third / 2)
 
 
-RULES: dict[str, Callable[[LRCurve], float]] = {
-    "endurance": endurance,
-    "horizon": horizon,
-    "distance": distance,
-    "middle": middle,
-    "consensus": consensus,
+READINGS: dict[str, Callable[[LRCurve], float]] = {
     "still_falling": still_falling,
     "steepest": steepest,
     "valley": valley,
     "minimum_tenth": minimum_tenth,
 }
-DEFAULT_RULE = "endurance"
-READINGS = ("still_falling", "steepest", "valley", "minimum_tenth")
 
 
 def has_diverged(losses: Sequence[float], beta: float = 0.9) -> bool:

@@ -30,10 +30,9 @@ from ulmfit_tools.training_args import ULMFiTTrainingArguments
 logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
-NUM_STEPS = 100
 PLAN_STEPS = 200  # of a test at whose curve nobody looks: more steps fall into the rates that matter, with less noise
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
-# A short run likes up to twice the rate that is best for a long one, so closer probes would mislead; and classes that
+# A short run likes a higher rate than a long one, so probes that lie closer would mislead; and classes that
 # are learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
 PROBE_FACTORS, PROBE_STEPS = (0.25, 1.0, 4.0), 100
 
@@ -116,13 +115,13 @@ def find_learning_rate(
 ) -> LRCurve:
     """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
 
-    A run that is resumed calls this again and gets the same rate from the file. All processes must call it.
+    A run that is resumed calls this again and gets the rate that stands in the file. All processes must call it.
 
     Args:
         trainer: A trainer that has not made its optimizer yet, at the weights from which it is to train.
         record: The JSON file of the curve.
-        num_steps: As in `lr_range_test`, but twice as many: nobody is asked about the curve of a trained head, whose
-            loss falls little.
+        num_steps: As in `lr_range_test`, but twice as many: a plan asks nobody about a noisy curve, and where the head
+            is trained already the loss falls little.
         **settings: As in `lr_range_test`.
 
     Returns:
@@ -136,13 +135,15 @@ def find_learning_rate(
     broadcast_object_list(found)
     if found[0] is not None:
         curve = LRCurve.from_json(found[0])
+        rate = float(json.loads(found[0])["read"]["suggestions"]["default"])  # by the rule of its time
     else:
         curve = lr_range_test(trainer, num_steps=num_steps, **settings)
         if trainer.is_world_process_zero():
             write_json(path, json.loads(curve.to_json()))
         say = logger.warning if curve.confidence == "low" else logger.info
-        say(f"Learning rate {curve.suggestion:.2e} (confidence {curve.confidence}). {curve.verdict}")
-    set_learning_rate(trainer.args, curve.suggestion)
+        rate = curve.suggestion
+        say(f"Learning rate {rate:.2e} (confidence {curve.confidence}). {curve.verdict}")
+    set_learning_rate(trainer.args, rate)
     return curve
 
 

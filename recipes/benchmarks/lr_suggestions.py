@@ -4,7 +4,8 @@
     python recipes/benchmarks/lr_suggestions.py sweeps     # range tests on the same runs' starts
     python recipes/benchmarks/lr_suggestions.py table      # what each suggestion would have cost
 
-With `--trained_head` all three start from a head that was trained alone for an epoch, as after a plan's first phase.
+With `--trained_head` all three start from a head that was trained alone for an epoch, much as after a plan's first
+phase.
 What the README states is the table of `--results recipes/benchmarks/results/lr_suggestions.jsonl`, without the hours.
 Every result is a line in the results file as soon as it is there; a command that was stopped goes on where it was.
 """
@@ -28,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ulmfit_tools import freeze_to
 from ulmfit_tools.data import load_model_and_tokenizer, load_text_classification, tokenize
-from ulmfit_tools.lr_curve import RULES, LRCurve, valley_index
+from ulmfit_tools.lr_curve import READINGS, LRCurve, valley_index
 from ulmfit_tools.lr_range import lr_range_test
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
@@ -81,7 +82,7 @@ class Results:
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
-                    yield json.loads(line)
+                    yield {"trained_head": False, **json.loads(line)}
                 except json.JSONDecodeError:
                     continue
 
@@ -275,6 +276,18 @@ def fastai_minimum(curve: LRCurve) -> float:
     return curve.rates[10 + int(averaged(curve, 0.98)[10:-5].argmin())] / 10
 
 
+def random_walk(curve: LRCurve) -> float:
+    """The rate at which the whole training goes as far, as a random walk, as the sweep went up to its turn.
+
+    Our first rule. One step of Adam moves each weight by about the rate, so a run with rates r_t goes as far as
+    `sqrt(sum r_t ** 2)`; under a schedule that rises to its peak and falls to 0 in straight lines, T steps sum to
+    `peak ** 2 * T / 3`.
+    """
+    until = np.array(curve.rates[: curve.turn + 1])
+    peak = math.sqrt(3 * float(until @ until) / curve.training_steps) / curve.rate_share
+    return min(peak, curve.rates[curve.turn])
+
+
 def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Callable[[LRCurve], int]]]:
     """By name: the sweep that a rule reads, the rule, and the optimizer steps that it costs."""
 
@@ -288,7 +301,7 @@ def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Cal
         "ours, default": ("ours", lambda curve: without_probes(curve).suggestion, swept),
         "ours, confirmed": ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
     }
-    for name, rule in RULES.items():
+    for name, rule in {"random walk to the turn": random_walk, **READINGS}.items():
         ours[f"  our curve, {name}"] = ("ours", rule, swept)
     peers = {
         "torch-lr-finder, steepest": ("ours", torch_lr_finder, swept),

@@ -52,6 +52,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
     "lightning": {"start_lr": 1e-8, "end_lr": 1.0},
 }
 HABITS = [5e-5, 2e-5]
+CONFIRMED = "ours, confirmed"
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Cal
 
     ours: dict[str, Any] = {
         "ours, default": ("ours", lambda curve: without_probes(curve).suggestion, swept),
-        "ours, confirmed": ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
+        CONFIRMED: ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
     }
     for name, rule in {"random walk to the turn": random_walk, **READINGS}.items():
         ours[f"  our curve, {name}"] = ("ours", rule, swept)
@@ -349,6 +350,8 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     print("| rule | mean regret | worst | averaged: mean | worst | worst on | rates | steps |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (sweep, rule, cost) in contestants().items():
+        if name == CONFIRMED and not all(curves["ours"].probes for _, curves in complete.values()):
+            continue
         chosen = {case: rule(curves[sweep or "ours"]) for case, (_, curves) in complete.items()}
         steps = [cost(curves[sweep or "ours"]) for _, curves in complete.values()]
         own = {case: 100 * regret([*complete[case][0].items()], rate) for case, rate in chosen.items()}

@@ -358,11 +358,17 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
         mean = {case: 100 * regret(averaged_over_seeds[case], rate) for case, rate in chosen.items()}
         worst = max(own, key=lambda case: own[case])
         beyond = any(not min(complete[case][0]) <= rate <= max(complete[case][0]) for case, rate in chosen.items())
-        print(
-            f"| {name}{' (*)' * beyond} | {np.mean([*own.values()]):.2f} | {own[worst]:.2f} "
-            f"| {np.mean([*mean.values()]):.2f} | {max(mean.values()):.2f} | {worst} | {min(chosen.values()):.1e} to {max(chosen.values()):.1e} "
-            f"| {np.mean(steps):.0f} |"
-        )
+        cells = [
+            f"{name}{' (*)' * beyond}",
+            f"{np.mean([*own.values()]):.2f}",
+            f"{own[worst]:.2f}",
+            f"{np.mean([*mean.values()]):.2f}",
+            f"{max(mean.values()):.2f}",
+            str(worst),
+            f"{min(chosen.values()):.1e} to {max(chosen.values()):.1e}",
+            f"{np.mean(steps):.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
     print(
         "\n(*) Some of its rates lie beyond the measured ones, and count as the nearest of these: too well, as a rule."
     )

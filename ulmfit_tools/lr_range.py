@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 MODES = ("exponential", "linear")
 PLAN_STEPS = 200  # of a test at whose curve nobody looks: more steps fall into the rates that matter, with less noise
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
-# A short run likes a higher rate than a long one, so probes that lie closer would mislead; and classes that
-# are learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
+# A short run likes a higher rate than a long one, so probes that lie closer would mislead; and classes that are
+# learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
 PROBE_FACTORS, PROBE_STEPS = (0.25, 1.0, 4.0), 100
 
 

@@ -541,22 +541,20 @@ def test_the_eight_steps(all_eight, caplog):
     precomputed, augmented, everything = all_eight.phases
     found = {path.parent.name: path.read_text() for path in all_eight.output_dir.rglob("lr_range.json")}
     rates = {name: LRCurve.from_json(text).suggestion for name, text in found.items()}
-    assert sorted(rates) == ["01-head-precomputed", "03-all-augmented"]  # steps 2 and 7
+    assert sorted(rates) == ["01-head-precomputed", "03-all"]  # steps 2 and 7
     assert precomputed.precomputed["form"] == "vector"  # step 3
     assert augmented.precomputed is None  # step 4
     assert augmented.learning_rate == precomputed.learning_rate == rates["01-head-precomputed"]
     assert (precomputed.trains, augmented.trains) == (("head",), ("head",))
     assert len(everything.trains) == 6  # step 5
-    assert everything.learning_rate == rates["03-all-augmented"]
+    assert everything.learning_rate == rates["03-all"]
     assert everything.epochs in (3, 7)  # step 8 ends with its second or third cycle
     plan = json.loads((all_eight.output_dir / "run.json").read_text())["plan"]
     assert [phase["note"].split(":")[0] for phase in plan["phases"]] == ["Steps 1 to 3", "Step 4", "Steps 5 to 8"]
     assert (plan["phases"][2]["num_groups"], plan["phases"][2]["factor"]) == (3, 3)  # step 6
 
 
-@pytest.mark.parametrize(
-    ("phase", "step"), [("01-head-precomputed", 4), ("02-head-augmented", 9), ("03-all-augmented", 4)]
-)
+@pytest.mark.parametrize(("phase", "step"), [("01-head-precomputed", 4), ("02-head-augmented", 9), ("03-all", 4)])
 def test_the_eight_steps_resume_to_the_same_bits(all_eight, model, data, tmp_path, phase, step):
     with pytest.raises(Stop):
         eight_steps(model, data, tmp_path / "run", callbacks=[StopAt(phase, step)])

@@ -67,7 +67,7 @@ def test_standard_error_is_that_of_the_mean_of_noise():
 def test_endurance_by_hand():
     """The level is 10, the turn at 1; half-way to the next point, at sqrt(10), the loss is back at 10.5.
 
-    A third of that is 1.05, above the turn: that is the limit, and 8,000 steps endure 4 / 3 / 20 of it.
+    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 1.4 / 20 of it.
     """
     curve = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),  # so far apart that the smoothing changes little
@@ -77,20 +77,21 @@ def test_endurance_by_hand():
     )
     assert curve.rates[curve.turn] == 1
     assert curve.back == pytest.approx(10 ** (1 / 2), rel=0.01)
-    assert curve.limit == pytest.approx(10 ** (1 / 2) / 3, rel=0.01)
-    assert curve.suggestion == pytest.approx(10 ** (1 / 2) / 45, rel=0.01)
+    assert curve.limit == 1
+    assert curve.suggestion == pytest.approx(0.07)
 
 
-def test_the_limit_of_a_steep_rise_is_its_turn():
-    """The level is 10, the turn at 1; the loss rises to 300 at the next rate, so it is back before 3."""
+def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
+    """The loss is 0 up to 0.1, 10 as before the fall at 1, and 11 at 10: so it is 10.5 at sqrt(10)."""
     curve = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),
-        losses=(*[10.0] * 20, 0.0, *[300.0] * 20),
+        losses=(*[10.0] * 15, *[0.0] * 5, 10.0, *[11.0] * 20),
         start_loss=10.0,
         training_steps=8_000,
     )
-    assert curve.back < 3
-    assert curve.limit == 1
+    assert curve.rates[curve.turn] < 0.1
+    assert curve.back == pytest.approx(10**0.5, rel=0.01)
+    assert curve.limit == curve.back / 4
 
 
 def test_the_loss_need_not_come_back():

@@ -110,8 +110,8 @@ def test_lr_suggestions_benchmark(tmp_path):
     flags = ["table", "--results", results, "--tasks", "trec", "--seeds", "0", "--rates", "1e-4", "2e-4"]
     printed = python(RECIPES / "benchmarks/lr_suggestions.py", *flags, cwd=tmp_path).stdout
     assert "2 starts" in printed
-    assert "trec, seed 0: 0.930 at 0.0002" in printed
-    assert "trec, seed 0, discriminative: 0.940 at 0.0004" in printed
+    assert "trec, seed 0: 0.912 at 0.0002" in printed
+    assert "trec, seed 0, discriminative: 0.925 at 0.0008" in printed
 
 
 def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the r
 CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 BACK = 0.05  # how far above its first level the loss must be, as a share of it, to have lost all that it had gained
-SHALLOW = 3.0  # how far below `back` the turn can be told from noise
-ENDURED, LENGTH_POWER = 4 / 3, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
+SHALLOW = 4.0  # how far below `back` the turn can be told from noise
+ENDURED, LENGTH_POWER = 1.4, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class LRCurve:
 
     @cached_property
     def limit(self) -> float:
-        """The rate that a sweep does not bear: its turn, or a third of `back` where that is higher.
+        """The rate that a sweep does not bear: its turn, or a fourth of `back` where that is higher.
 
         The turn says most, but noise moves it: a head that is trained already leaves a shallow valley, in which the
         lowest loss may be anywhere. Where the valley is clear, its lowest lies within a factor of about 4 of `back`.
@@ -267,7 +267,7 @@ class LRCurve:
 
 
 def endurance(curve: LRCurve) -> float:
-    """What a whole training of T steps endures of the rate that ends a sweep: `4 / 3 * limit / T ** (1 / 3)`.
+    """What a whole training of T steps endures of the rate that ends a sweep: `1.4 * limit / T ** (1 / 3)`.
 
     A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
     falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
@@ -279,7 +279,7 @@ def endurance(curve: LRCurve) -> float:
     group. Where rates fall towards the input the training bears more: the suggestion is divided by `rate_share`, the
     root mean square of the rates over the layer groups. It is never above the limit itself.
 
-    The 3 in `limit` and the 4 / 3 were chosen on true curves of MiniLM on four datasets, 189 steps from a new head and
+    The 4 in `limit` and the 1.4 were chosen on true curves of MiniLM on four datasets, 189 steps from a new head and
     from a trained one, after sweeps of 100 steps over eight decades (recipes/benchmarks/lr_suggestions.py). The cube
     root is a judgement: with 47, 94 and 189 steps from eight of these starts the best rate fell by 1 to 2.5 times for
     four times the steps, and single trainings of 570 to 1,080 steps were best at a half to the whole of it.

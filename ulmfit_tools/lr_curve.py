@@ -281,8 +281,9 @@ def endurance(curve: LRCurve) -> float:
 
     The 4 in `limit` and the 1.4 were chosen on true curves of MiniLM on four datasets, 189 steps from a new head and
     from a trained one, after sweeps of 100 steps over eight decades (recipes/benchmarks/lr_suggestions.py). The cube
-    root is a judgement: with 47, 94 and 189 steps from eight of these starts the best rate fell by 1 to 2.5 times for
-    four times the steps, and single trainings of 570 to 1,080 steps were best at a half to the whole of it.
+    root is a judgement: of rates a factor of 2 apart, the one with the lowest held-out loss after 47 steps was once or
+    twice the best one for 189 (eight of these starts), and single trainings of 570 to 1,080 steps were best at a half
+    to the whole of it.
     """
     return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_share, 1.0)
 

@@ -129,6 +129,7 @@ def test_lr_find_takes_what_train_takes(model, data, tmp_path, capsys):
         (["--lr_scheduler_kwargs", '{"peak"'], "delimiter"),
         (["--accelerator_config", "no_such.json"], "no_such.json"),
         (["--deepspeed", "no_such.json"], "deepspeed"),
+        (["--plot", "one.png", "--json", "./one.png"], "a file each"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
         (["--eval_bathces", "1"], 'Did you mean "--eval_batches"'),
     ],
@@ -196,6 +197,7 @@ def test_resume_of_a_complete_run_does_nothing(trained, model, data):
         (["--dataset", "no_such.csv"], "no_such.csv"),
         (["--text_column", "txt"], "text"),
         (["--lr_scheduler_type", "slanted"], "slanted_triangular"),
+        (["--plot", "one.png", "--json", "./one.png"], "a file each"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
         (["--max_steps", "5"], "max_steps has no place"),
         (["--num_train_epochs", "-1"], "num_train_epochs"),
@@ -232,7 +234,7 @@ def test_incomplete_command_says_what_it_needs(capsys, argv, message):
 
 
 def test_cache_tells_its_size_and_is_removed(tmp_path, capsys):
-    made = Entry(tmp_path / "abc", np.array([2, 1]), 4)
+    made = Entry(tmp_path / ("ab" * 16), np.array([2, 1]), 4)
     made.prepare()
     build([made], np.arange(2), lambda rows: [([torch.ones(made.lengths[row], 4) for row in rows], [])])
     assert main(["cache", "--folder", str(tmp_path)]) == 0

@@ -11,6 +11,7 @@ from ulmfit_tools.lr_curve import (
     CLEAR,
     READINGS,
     SMOOTHING,
+    SURE,
     LRCurve,
     Probe,
     endurance,
@@ -263,6 +264,32 @@ def test_the_best_probe_is_the_suggestion():
     )
     assert falling_curve(probes=probes).suggestion == 2e-4
     assert falling_curve(probes=probes[2:]).suggestion == falling_curve().suggestion
+
+
+def test_a_clear_fall_is_clear_in_a_linear_sweep_too():
+    """Its first rate stands alone, decades below the others: the fall after it is no noise."""
+    rates = tuple(np.linspace(1e-7, 1e-2, 100).tolist())
+    curve = curve_of(falls_and_rises, noise=0.02, rates=rates, mode="linear")
+    assert curve.clearness > SURE
+    assert rates[2] < curve.rates[curve.turn] < 3e-3
+
+
+def test_probes_that_leave_a_question_open_say_so():
+    def probed(*losses):
+        probes = [
+            Probe(rate=rate, peak=rate, loss=loss) for rate, loss in zip((1e-4, 4e-4, 1.6e-3), losses, strict=True)
+        ]
+        return falling_curve(probes=tuple(probes))
+
+    assert probed(0.9, 0.4, 0.8).confidence == falling_curve().confidence == "high"
+    assert probed(0.9, 0.4, 0.8).verdict == falling_curve().verdict
+    for losses, words in [
+        ((0.9, 0.8, 0.4), "the highest, so a higher rate may be better still"),
+        ((0.4, 0.8, 0.9), "the lowest, so a lower rate may be better still"),
+        ((None, None, None), "No probe kept a finite loss"),
+    ]:
+        assert probed(*losses).confidence == "low"
+        assert words in probed(*losses).verdict
 
 
 def test_json_gives_the_same_curve_back():

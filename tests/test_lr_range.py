@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
 from tiny_text import tiny_tokenizer
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Adafactor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ulmfit_tools import lr_range, rehearsal
 from ulmfit_tools.data.augmentation import Augmentation, augmented
@@ -352,6 +352,53 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     assert [row[-1] for row in trainer.seen[:-2:2]] == pytest.approx(curve.rates)
 
 
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+def test_the_loss_of_an_update_is_the_mean_over_its_batches(kind, tmp_path):
+    """80 rows make updates of 4, 4 and 2 batches; Trainer adds up the losses of a model that says it counts items."""
+    trainer = make_trainer(
+        tmp_path, kind, trainer={"train_dataset": ragged_rows(80)}, gradient_accumulation_steps=4, num_train_epochs=20
+    )
+    one = float(trainer.evaluate()["eval_loss"])  # of a head that knows nothing yet
+    curve = lr_range_test(trainer, num_steps=24, start_lr=1e-9, end_lr=1e-8)
+    assert curve.losses == pytest.approx([one] * 23, rel=0.1)
+
+
+def test_settings_of_accelerate_that_trainer_has_changed(tmp_path):
+    """Trainer moves `num_steps` to its own setting, leaves a 1 there, and refuses both together."""
+    settings = {"gradient_accumulation_kwargs": {"sync_each_batch": True, "num_steps": 2}}
+    trainer = make_trainer(tmp_path, accelerator_config=settings)
+    assert lr_range_test(trainer, **SHORT).training_steps == 8
+    assert trainer.args.accelerator_config.gradient_accumulation_kwargs["num_steps"] == 1
+
+
+def test_a_loader_of_the_trainers_own(tmp_path):
+    class WithLoader(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(ragged_rows(64), batch_size=8, collate_fn=pad_rows)
+
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": None}, kind=Trainer)
+    trainer.__class__ = WithLoader
+    assert lr_range_test(trainer, **SHORT).training_steps == 16
+
+
+def test_an_optimizer_around_another_one_takes_the_steps(tmp_path):
+    taken = []
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups, optimizer.defaults)
+            self.param_groups = optimizer.param_groups
+
+        def step(self, closure=None):
+            taken.append(self.optimizer.step(closure))
+
+    model = tiny_bert()
+    wrapper = Lookahead(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    curve = lr_range_test(make_trainer(tmp_path, model=model, trainer={"optimizers": (wrapper, None)}), **SHORT)
+    assert len(taken) == curve.steps
+
+
 class Parabola(torch.nn.Module):
     """The loss is a parabola of one weight, so each step can be calculated by hand."""
 
@@ -588,12 +635,12 @@ def without_rows(folder):
     [
         (frozen, "no trainable parameters"),
         (too_small, "batch of 8.*Received: 7 rows"),
-        (without_rows, "no train_dataset"),
+        (without_rows, "requires a train_dataset"),
         (without_epochs, "no steps: raise num_train_epochs.*Received: num_train_epochs=0"),
     ],
 )
 def test_trainers_that_cannot_train(make, words, tmp_path):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(ValueError, match=words):
         lr_range_test(make(tmp_path))
 
 
@@ -610,6 +657,19 @@ def test_evaluation_rows_without_labels(tmp_path):
     )
     with pytest.raises(InputError, match="no labels"):
         lr_range_test(trainer, eval_batches=1)
+
+
+def test_evaluation_rows_that_make_no_whole_batch(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=64, dataloader_drop_last=True)
+    with pytest.raises(InputError, match="not one whole batch of 64"):
+        lr_range_test(trainer, eval_batches=1, **SHORT)
+
+
+def test_an_optimizer_that_sets_its_own_rates(tmp_path):
+    model = tiny_bert()
+    own = Adafactor(model.parameters(), lr=None, relative_step=True)
+    with pytest.raises(InputError, match="sets its own rates"):
+        lr_range_test(make_trainer(tmp_path, model=model, trainer={"optimizers": (own, None)}), **SHORT)
 
 
 def test_a_loss_that_is_nan_from_the_start(tmp_path, monkeypatch):

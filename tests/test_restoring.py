@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import signal
 from collections import Counter, deque
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_bert
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ulmfit_tools.restoring import _held, unchanged
@@ -172,6 +174,73 @@ def test_generators_of_a_collator_are_put_back():
     assert collator.draw() == twin.draw()
 
 
+def test_generators_that_nothing_leads_to_are_put_back():
+    """As in a variable of the module or of the function around a collator."""
+
+    def collator():
+        python, numpy, old = random.Random(1), np.random.default_rng(1), np.random.RandomState(1)
+        return lambda: (python.random(), numpy.random(), old.rand())
+
+    draw, twin = collator(), collator()
+    with unchanged(nn.Linear(1, 1)) as rewind:
+        first = draw()
+        rewind()
+        assert draw() == first
+    assert draw() == twin()
+
+
+def test_the_helper_of_a_module_is_put_back():
+    model = nn.Sequential(nn.Linear(1, 1))
+    model[0].helper, twin = Noisy(), Noisy()
+    with unchanged(model):
+        model[0].helper.draw()
+    assert model[0].helper.draw() == twin.draw()
+
+
+class Sharp(torch.optim.Optimizer):
+    """It takes its steps with another optimizer, which holds the state."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.base = torch.optim.AdamW(self.param_groups, lr=0.1)
+
+    def step(self, closure=None):
+        self.base.step(closure)
+
+
+def test_the_state_of_an_inner_optimizer_is_kept():
+    model = nn.Linear(1, 1)
+    optimizer = Sharp(model.parameters())
+    model(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    with unchanged(model, optimizer):
+        assert not optimizer.base.state
+        optimizer.step()
+    assert [state["step"] for state in optimizer.base.state.values()] == [1, 1]
+
+
+def test_a_second_interrupt_waits_until_all_is_back(monkeypatch):
+    model = WithBuffers()
+    before, copy_ = snapshot(model), torch.Tensor.copy_
+
+    def pressed_again(tensor, *others):
+        signal.raise_signal(signal.SIGINT)
+        return copy_(tensor, *others)
+
+    def interrupted():
+        with unchanged(model):
+            train(model)
+            monkeypatch.setattr(torch.Tensor, "copy_", pressed_again)
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    monkeypatch.undo()
+    assert same(before, snapshot(model))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_values_to_the_bit_with_nan_and_negative_zero():
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
@@ -205,6 +274,7 @@ def in_a_cycle(noisy):
 
 
 NESTS = {
+    "a data loader": lambda noisy: Box(loader=DataLoader([1], collate_fn=noisy.draw)),
     "an attribute of an attribute": lambda noisy: Box(inner=Box(noisy=noisy)),
     "a cycle": in_a_cycle,
     "a list and a dictionary": lambda noisy: Box(steps=[Box(), {"noisy": noisy}]),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -599,4 +600,24 @@ def test_masking_without_a_mask_token_is_refused_before_anything_is_written(data
     ])  # fmt: skip
     with pytest.raises(InputError, match="no mask token"):
         run(plan, tiny_bert(num_labels=3), data, tmp_path / "run", tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_phase_says_its_rates_and_why_it_ended(model, data, tmp_path, caplog):
+    """Three groups with a factor of 3 in between: the first has a ninth of the head's rate."""
+    until = UntilOverfit(patience=1, max_epochs=1)
+    plan = FineTuningPlan(name="x", phases=[
+        Phase(name="x", learning_rate=9e-4, num_groups=3, factor=3, until_overfit=until)
+    ])  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        steps = run(plan, model, data, tmp_path / "run").phases[0].steps
+    assert re.search(r"Learning rate at its peak: 1\.0e-04 \(.*\) to 9\.0e-04 \(.*\), 3 of 3 groups", caplog.text)
+    kept = f"the best weights are those of step {steps} of {steps}"
+    assert f"Phase 'x' ends after 1 epochs, with max_epochs=1; {kept}" in caplog.text
+
+
+def test_a_later_range_test_that_has_too_few_rows_is_refused_before_the_first_phase(model, data, tmp_path):
+    plan = FineTuningPlan(name="x", phases=[Phase(name="a", steps=1), Phase(name="b", steps=1, learning_rate="auto")])
+    with pytest.raises(InputError, match="smaller than one batch of 1000"):
+        run(plan, model, data, tmp_path / "run", per_device_train_batch_size=1000)
     assert not (tmp_path / "run").exists()

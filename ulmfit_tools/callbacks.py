@@ -117,15 +117,19 @@ class StopWhenOverfit(TrainerCallback):
         if state.log_history and any(key.startswith("eval_") for key in state.log_history[-1]):
             check_metric(state.log_history, self.metric)
 
-    def _decide(self, state: TrainerState, control: TrainerControl) -> None:
-        if has_overfit(
+    def has_overfit(self, state: TrainerState) -> bool:
+        """Whether the run has, by the evaluations in its state."""
+        return has_overfit(
             state.log_history,
             patience=self.patience,
             min_delta=self.min_delta,
             metric=self.metric,
             greater_is_better=self.greater_is_better,
             cycles=self.cycles,
-        ):
+        )
+
+    def _decide(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.has_overfit(state):
             control.should_training_stop = True
 
 

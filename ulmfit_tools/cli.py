@@ -97,6 +97,8 @@ def lr_find(argv: Sequence[str]) -> int:
         _check_new_file(path)
     if flags.plot is not None:
         _check_picture(flags.plot)
+        if flags.json is not None and Path(flags.plot).resolve() == Path(flags.json).resolve():
+            raise InputError(f"--plot and --json need a file each. Received: {flags.plot} for both")
     own = {f.name for c in (ModelFlags, DataFlags, RangeFlags) for f in dataclasses.fields(c)}
     names = ("start_lr", "end_lr", "num_steps", "mode", "confirm", "eval_batches")
     with TemporaryDirectory() as folder:

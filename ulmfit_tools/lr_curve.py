@@ -133,7 +133,8 @@ class LRCurve:
     @cached_property
     def clearness(self) -> float:
         """How many standard errors the loss falls, from its level to its lowest."""
-        before = self.standard_errors[: self._next_to_nothing]
+        # Of the first losses by the noise of all: a linear sweep's first rate has no other near it to differ from.
+        before = self.noise[: self._next_to_nothing]
         error = math.hypot(self.standard_errors[self.lowest], float(np.mean(before)))
         fall = self.level - self.smoothed[self.lowest]
         return fall / error if error > 0 else (math.inf if fall > 0 else 0.0)
@@ -206,7 +207,7 @@ class LRCurve:
     @cached_property
     def confidence(self) -> str:
         """How sure the suggestion is: "high", "medium" or "low"; `verdict` says why."""
-        if self.clearness < CLEAR or not self.turns_up:
+        if self.clearness < CLEAR or not self.turns_up or self._probes_say:
             return "low"
         return "high" if self.clearness >= SURE else "medium"
 
@@ -218,7 +219,23 @@ class LRCurve:
 
     @cached_property
     def verdict(self) -> str:
-        """What the curve can tell, in one sentence."""
+        """What the curve can tell, in a sentence, and in another what the probes left open."""
+        return " ".join(filter(None, (self._curve_says, self._probes_say)))
+
+    @property
+    def _probes_say(self) -> str:
+        tried = sorted(probe.rate for probe in self.probes)
+        if not tried:
+            return ""
+        if all(probe.loss is None for probe in self.probes):
+            return "No probe kept a finite loss: take a lower rate than the one suggested."
+        if self.suggestion not in (tried[0], tried[-1]) or len(tried) < 3:
+            return ""
+        edge, beyond = ("lowest", "lower") if self.suggestion == tried[0] else ("highest", "higher")
+        return f"The best of the probes is the {edge}, so a {beyond} rate may be better still."
+
+    @property
+    def _curve_says(self) -> str:
         fall = self.level - self.smoothed[self.lowest]
         if self.clearness < CLEAR and fall < SMALL * abs(self.level):
             told = "The curve is too flat to decide: the loss does not fall at any rate"

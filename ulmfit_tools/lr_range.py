@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
@@ -88,7 +89,8 @@ def lr_range_test(
     _check_evaluation(trainer, eval_batches)
     if offload_folder is not None and not Path(offload_folder).is_dir():
         raise InputError(f"offload_folder is a folder that exists. Received: offload_folder={str(offload_folder)!r}")
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    given: Any = trainer.optimizer
+    optimizer = given.optimizer if isinstance(given, AcceleratedOptimizer) else given
     list_parameters(trainer)
     start = time.perf_counter()
     with unchanged(_model(trainer), optimizer, holders=[trainer], offload_folder=offload_folder) as rewind:
@@ -140,9 +142,8 @@ def find_learning_rate(
         curve = lr_range_test(trainer, num_steps=num_steps, **settings)
         if trainer.is_world_process_zero():
             write_json(path, json.loads(curve.to_json()))
-        say = logger.warning if curve.confidence == "low" else logger.info
         rate = curve.suggestion
-        say(f"Learning rate {rate:.2e} (confidence {curve.confidence}). {curve.verdict}")
+        logger.warning(f"Learning rate {rate:.2e} (confidence {curve.confidence}). {curve.verdict}")
     set_learning_rate(trainer.args, rate)
     return curve
 
@@ -221,13 +222,21 @@ def _check_trainer(trainer: Trainer) -> None:
         )
     if not any(parameter.requires_grad for parameter in _model(trainer).parameters()):
         raise InputError("The model has no trainable parameters, so no rate changes anything: thaw some layers first")
-    if trainer.train_dataset is None:
-        raise InputError("The range test trains, and the trainer has no train_dataset")
-    batch = trainer.args.train_batch_size * trainer.args.world_size
-    if has_length(trainer.train_dataset) and len(trainer.train_dataset) < batch:
+    if has_length(trainer.train_dataset):
+        check_rows(len(trainer.train_dataset), trainer.args)
+
+
+def check_rows(rows: int, args: TrainingArguments) -> None:
+    """Refuse training data smaller than a batch, whose loss would be of other rows than a training's.
+
+    Raises:
+        InputError: They are fewer.
+    """
+    batch = args.train_batch_size * args.world_size
+    if rows < batch:
         raise InputError(
             f"The training data is smaller than one batch of {batch}: use smaller batches or more rows. "
-            f"Received: {len(trainer.train_dataset)} rows"
+            f"Received: {rows} rows"
         )
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.losses import loss_counts_items
 
 
 class LossNotes(TrainerCallback):
@@ -43,10 +44,15 @@ class LossNotes(TrainerCallback):
         self._planned = planned
         self._train_losses: list[torch.Tensor] = []
         trainer_step = trainer.training_step
+        model: Any = trainer.model
+        # A plain Trainer takes every loss for a share of the update's that has a `**kwargs`, also the mean of a batch.
+        means = trainer.model_accepts_loss_kwargs and not (trainer.compute_loss_func or loss_counts_items(model))
 
-        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self._train_losses.append(trainer_step(*args, **kwargs))
-            return self._train_losses[-1]
+        def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            loss = trainer_step(model, inputs, num_items_in_batch)
+            whole = means and num_items_in_batch is not None
+            self._train_losses.append(loss / trainer.current_gradient_accumulation_steps if whole else loss)
+            return loss
 
         trainer.training_step = training_step  # type: ignore[method-assign]
 
@@ -69,6 +75,11 @@ class LossNotes(TrainerCallback):
             )
         if self.eval_batches:
             self._batches = list(self._trainer.get_eval_dataloader(self._evaluated_rows(args)))
+            if not self._batches:
+                raise InputError(
+                    f"The evaluation set has not one whole batch of {args.eval_batch_size}, and "
+                    "dataloader_drop_last leaves parts out: use smaller batches, or leave eval_batches out"
+                )
             self._note(self._evaluate(model), control)
 
     def on_step_end(
@@ -196,6 +207,11 @@ def _quiet(args: TrainingArguments, num_steps: int) -> TrainingArguments:
     quiet.save_strategy = SaveStrategy.NO
     quiet.logging_first_step = quiet.eval_on_start = quiet.load_best_model_at_end = quiet.push_to_hub = False
     quiet.logging_nan_inf_filter = False  # the notes look at every loss anyway
+    quiet.auto_find_batch_size = False  # it begins again in the middle, with weights that have seen high rates
+    accelerator: Any = copy.deepcopy(args.accelerator_config)
+    if accelerator.gradient_accumulation_kwargs:  # into which Trainer has put a number that it would then refuse
+        accelerator.gradient_accumulation_kwargs.pop("num_steps", None)
+    quiet.accelerator_config = accelerator
     return quiet
 
 
@@ -210,11 +226,16 @@ def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
     model: Any = trainer.model
     head = {id(parameter) for parameter in layer_groups(model)[-1].parameters(model)}
     rates = [
-        float(group.get("initial_lr", group["lr"]))
+        group.get("initial_lr", group["lr"])
         for group in optimizer.param_groups
         if any(id(parameter) in head for parameter in group["params"])
     ]
-    rate = max(rates, default=float(trainer.args.learning_rate))
+    if None in rates:
+        raise InputError(
+            "The optimizer sets its own rates (lr=None), so there is none to look for: give it one, with "
+            "relative_step=False for Adafactor"
+        )
+    rate = float(max(rates, default=trainer.args.learning_rate))
     if not rate > 0:
         raise InputError(f"The range test multiplies the trainer's rates, so they must not be 0. Received: {rate}")
     return rate

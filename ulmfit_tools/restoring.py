@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import gc
 import random
+import signal
 import sys
 import tempfile
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,38 +39,63 @@ def unchanged(
 
     That is: the values of trainable parameters and of buffers; gradients, `requires_grad`, modes, hooks and any other
     attribute of the modules; an optimizer's state, rates and schedule; the random numbers of Python, NumPy and torch
-    on every device. Of the weights that train there is one copy; of frozen ones there is none.
+    on every device, and those of every generator of Python and NumPy in this process. Of the weights that train there
+    is one copy; of frozen ones there is none. An interrupt (Ctrl-C) that comes while things are put back waits for it.
 
     Args:
         model: The model as it is inside DDP and other wrappers.
-        optimizer: An optimizer that exists already. In the block it starts without state, as a new one does.
+        optimizer: An optimizer that exists already, with those inside it. In the block they start without state, as
+            new ones do.
         holders: Objects that are put back too, as a trainer with its collator and its datasets, with the Python
-            objects that they hold in turn: their attributes, random generators, lists, dictionaries and sets. Numbers
-            that change inside a tensor or an array are not, nor modules, optimizers, data loaders and callbacks.
+            objects that they hold in turn, as the modules' own helpers are: their attributes, random generators,
+            lists, dictionaries and sets. Numbers that change inside a tensor or an array are not, nor other modules
+            and optimizers, data loaders themselves, and callbacks.
         offload_folder: Keep the copy in a temporary file in this folder; by default it is in the host's memory.
 
     Yields:
         A function that goes back to the beginning at once, for another run inside the same block.
     """
-    held = _held(holders)
+    helpers = (value for module in model.modules() for value in vars(module).values() if _is_plain(value))
+    held = _held([*holders, *helpers])
+    optimizers = [] if optimizer is None else _with_inner(optimizer)
     restores = [_random_numbers(), _gradient_sync(), *map(_in_place, held), *map(_attributes, filter(_is_plain, held))]
-    restores += [_modules(model), _gradients(model)]
-    forget: Restore = lambda: None  # noqa: E731
-    if optimizer is not None:
-        restores.append(_optimizer(optimizer))
-        forget = lambda: setattr(optimizer, "state", defaultdict(dict))  # noqa: E731
+    restores += [_modules(model), _gradients(model), *map(_optimizer, optimizers)]
+
+    def forget() -> None:
+        for one in optimizers:
+            one.state = defaultdict(dict)
+
+    def rewind() -> None:
+        for restore in reversed(restores):
+            restore()
+        forget()
+
     with _tensors(model, offload_folder) as restore_tensors, ExitStack() as at_end:
         restores.append(restore_tensors)
         for restore in restores:  # on a stack, so that each has its turn also when another one raises
             at_end.callback(restore)
         forget()
+        try:
+            yield rewind
+        finally:
+            with _interrupts_wait():
+                at_end.close()
 
-        def rewind() -> None:
-            for restore in reversed(restores):
-                restore()
-            forget()
 
-        yield rewind
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C have its effect after the block: people press it twice."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -115,6 +143,12 @@ def _gradients(model: nn.Module) -> Restore:
     return restore
 
 
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it steps in turn, as sharpness-aware and lookahead ones do."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return [optimizer, *(each for one in inner for each in _with_inner(one))]
+
+
 def _optimizer(optimizer: Optimizer) -> Restore:
     restore_attributes = _attributes(optimizer)  # a schedule patches `step`, and Accelerate replaces the groups
     groups = [(group, dict(group)) for group in optimizer.param_groups]
@@ -129,7 +163,7 @@ def _optimizer(optimizer: Optimizer) -> Restore:
 
 
 # What is handled elsewhere or looks after itself: locks, threads, loggers; Accelerate's state is one for the process.
-_LEFT_ALONE = (nn.Module, Optimizer, LRScheduler, DataLoader, torch.Tensor, TrainerCallback, type, ModuleType)
+_LEFT_ALONE = (nn.Module, Optimizer, LRScheduler, torch.Tensor, TrainerCallback, type, ModuleType)
 _FOREIGN = {*sys.stdlib_module_names, "accelerate"} - {"types", "argparse"}  # these two have namespaces
 _FEW = 32  # elements of a container that are looked at one by one: helpers; more are rows
 
@@ -151,6 +185,8 @@ def _parts(value: Any) -> list[Any]:
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
         return [value.__self__]
+    if isinstance(value, DataLoader):  # its own attributes are those of its workers
+        return [value.dataset, value.collate_fn, value.sampler, value.batch_sampler, value.generator]
     parts = [*vars(value).values()] if _is_plain(value) else []
     if isinstance(value, (dict, list, tuple, set, deque)) and len(value) <= _FEW:
         parts += value.values() if isinstance(value, dict) else value
@@ -159,6 +195,8 @@ def _parts(value: Any) -> list[Any]:
 
 def _is_plain(value: Any) -> bool:
     """Whether it is a Python object whose attributes are its own business."""
+    if isinstance(value, DataLoader):
+        return False
     own = isinstance(value, FunctionType) or type(value).__module__.partition(".")[0] not in _FOREIGN
     return own and isinstance(getattr(value, "__dict__", None), dict)
 
@@ -214,10 +252,15 @@ def _generator(value: Any) -> Restore:
 
 
 def _random_numbers() -> Restore:
+    """The libraries' own generators, and whatever others there are, as in the variables that a collator reads."""
     in_python, in_numpy, on_host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     on_devices = _device_random_numbers()
+    kinds = {random.Random, np.random.Generator, np.random.RandomState}  # not SystemRandom, which has no state
+    others = [_generator(value) for value in gc.get_objects() if type(value) in kinds]
 
     def restore() -> None:
+        for restore_one in others:
+            restore_one()
         random.setstate(in_python)
         np.random.set_state(in_numpy)  # noqa: NPY002
         torch.set_rng_state(on_host)

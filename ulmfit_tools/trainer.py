@@ -2,10 +2,8 @@
 similar length, and checkpoints from which a run goes on exactly as if it had not stopped.
 """
 
-import inspect
 import logging
 import os
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 from ulmfit_tools import checkpoints
 from ulmfit_tools.checkpoints import CheckpointError, NoGoodCheckpoint
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.losses import loss_counts_items
 from ulmfit_tools.param_groups import discriminative_optimizer, group_learning_rates
 from ulmfit_tools.resuming import RunKeeper, TrainingInterrupted, parameter_names, write_record
 from ulmfit_tools.sampling import EpochLengthGroupedSampler, LongestFirstSampler, row_lengths
@@ -81,7 +80,7 @@ class ULMFiTTrainer(Trainer):
         super().__init__(model, args or ULMFiTTrainingArguments("tmp_trainer"), **settings)
         if self.args.label_names is None and not self.label_names:
             self.label_names = ["labels"]  # some forwards have them among **kwargs, where Trainer does not find them
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and _loss_counts_items(self.model)
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_counts_items(self.model)
         self._passed_optimizer = self.optimizer
         self._keeper = RunKeeper(self)
         self.add_callback(self._keeper)
@@ -321,7 +320,7 @@ def optimizer_of_arguments(
         args,
         factor=args.discriminative_factor,
         num_groups=args.num_layer_groups,
-        learning_rate=_learning_rate(args),
+        learning_rate=learning_rate_setting(args),
         trainable_only=trainable_only,
     )
 
@@ -336,30 +335,13 @@ def check_optimizer(args: ULMFiTTrainingArguments, num_groups: int) -> None:
     count = num_groups if args.num_layer_groups is None else args.num_layer_groups
     if not 1 <= count <= num_groups:
         raise InputError(f"The model has {num_groups} layer groups. Received: num_layer_groups={count}")
-    group_learning_rates(count, _learning_rate(args), factor=args.discriminative_factor)
+    group_learning_rates(count, learning_rate_setting(args), factor=args.discriminative_factor)
 
 
-def _learning_rate(args: ULMFiTTrainingArguments) -> Any:
+def learning_rate_setting(args: ULMFiTTrainingArguments) -> Any:
+    """The rate, the span or the rates of the layer groups, as `param_groups.group_learning_rates` takes them."""
     span = None if args.learning_rate_low is None else (args.learning_rate_low, args.learning_rate)
     return args.group_learning_rates or span or args.learning_rate
-
-
-def _loss_counts_items(model: nn.Module) -> bool:
-    """Whether a model divides its loss by the number of items in all batches of an update, when it is told the number.
-
-    Trainer takes it from a `**kwargs` in the signature, and then does not average over the batches of an update or
-    over processes. All of transformers' sequence classifiers have it, all but one ignore the number and return the
-    mean over their batch: with 4 accumulated batches, loss and gradients are 4 times too large. A wrong "no" does no
-    harm: means over batches are averaged, as for a model without `**kwargs`.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # under PEFT
-    forward = inspect.unwrap(type(base).forward)
-    if hasattr(base, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(forward).parameters:
-        return True
-    try:
-        return re.search(r"self\.loss_function\([^()]*\*\*", inspect.getsource(forward)) is not None
-    except OSError:  # a class typed into a console has no source
-        return False
 
 
 def _choose_checkpoint(resume: str | os.PathLike | bool | None, folder: str) -> Path | None:

@@ -20,10 +20,11 @@ from ulmfit_tools.feature_cache import CacheReport, activation_cache, precompute
 from ulmfit_tools.freezing import set_trainable, trainable_names
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.lr_range import find_learning_rate, set_learning_rate
+from ulmfit_tools.param_groups import group_learning_rates
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.record import RunFolder
 from ulmfit_tools.plans.results import PhaseResult, clean_metrics
-from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
+from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, learning_rate_setting, optimizer_of_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +91,10 @@ def run_phase(job: Job, index: int, trainer: ULMFiTTrainer, before: PhaseResult 
             stack.enter_context(augmented(trainer, phase.augment, job.tokenizer))
         report = _precompute(job, index, trainer, stack) if phase.precompute else None
         _settle_rate(phase, trainer, here, before)
+        logger.warning(_rates_in_words(trainer))
         _train(phase, trainer, here)
+        if phase.keep == "best":
+            logger.warning(_end_in_words(phase, trainer))
         metrics = _kept_metrics(trainer)
     clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _PhaseClock))
     result = PhaseResult(
@@ -157,6 +161,33 @@ def _settle_rate(phase: Phase, trainer: ULMFiTTrainer, here: Path, before: Phase
     else:
         return
     trainer.optimizer_cls_and_kwargs = optimizer_of_arguments(trainer.args, trainable_only=True)
+
+
+def _rates_in_words(trainer: ULMFiTTrainer) -> str:
+    """The rates at which the layer groups train, from the first to the last."""
+    args, model = trainer.args, trainer.model
+    groups = layer_groups(model, args.num_layer_groups)
+    rates = group_learning_rates(len(groups), learning_rate_setting(args), factor=args.discriminative_factor)
+    trained = [
+        (group.name, rate)
+        for group, rate in zip(groups, rates, strict=True)
+        if any(parameter.requires_grad for parameter in group.parameters(model))
+    ]
+    (first, low), (last, high) = trained[0], trained[-1]
+    rising = f"{low:.1e} ({first}) to " if low != high else ""
+    return f"Learning rate at its peak: {rising}{high:.1e} ({last}), {len(trained)} of {len(groups)} groups"
+
+
+def _end_in_words(phase: Phase, trainer: ULMFiTTrainer) -> str:
+    """Why a phase that keeps its best weights has ended, and which these are."""
+    state, until = trainer.state, phase.until_overfit
+    why = ""
+    if until is not None:
+        stopper = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopWhenOverfit))
+        overfit = stopper.has_overfit(state)
+        why = ": the validation loss has turned up" if overfit else f", with max_epochs={until.max_epochs:g}"
+    kept = f"the best weights are those of step {state.best_global_step} of {state.global_step}"
+    return f"Phase '{phase.name}' ends after {state.epoch or 0:g} epochs{why}; {kept}"
 
 
 def _rate(args: ULMFiTTrainingArguments) -> Any:

@@ -29,6 +29,7 @@ from ulmfit_tools.data import (
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freezing import trainable_names
 from ulmfit_tools.layers import LayerGroups, layer_groups
+from ulmfit_tools.lr_range import check_rows
 from ulmfit_tools.metrics import classification_metrics
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.phase_run import Job, phase_trainer, release, run_phase, trains
@@ -170,6 +171,8 @@ def _check_phase(phase: Phase, args: ULMFiTTrainingArguments, model: Any, groups
             f"Phase '{phase.name}' would train nothing: train={phase.train!r} has no parameter that can train"
         )
     check_optimizer(args, len(groups))
+    if phase.learning_rate == "auto":
+        check_rows(len(data.splits["train"]), args)
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

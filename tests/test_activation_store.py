@@ -12,13 +12,23 @@ import pytest
 import torch
 
 from ulmfit_tools import activation_store
-from ulmfit_tools.activation_store import Entry, build, check_room, in_use, locked, remove_cache, remove_entry
+from ulmfit_tools.activation_store import (
+    Entry,
+    build,
+    cache_size,
+    check_room,
+    in_use,
+    locked,
+    remove_cache,
+    remove_entry,
+)
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freeze_boundary import CannotPrecompute
 from ulmfit_tools.row_source import content_key
 
 LENGTHS = np.array([3, 1, 4, 1, 5], dtype=np.int32)
 WIDTH = 2
+NAME, OTHER = "0a" * 16, "0b" * 16  # of folders
 
 
 def vectors_of(row, lengths=LENGTHS):
@@ -31,7 +41,7 @@ def compute(rows):
 
 
 def entry(folder, dtype="float32"):
-    made = Entry(folder / "entry", LENGTHS, WIDTH, dtype)
+    made = Entry(folder / NAME, LENGTHS, WIDTH, dtype)
     made.prepare()
     return made
 
@@ -47,9 +57,9 @@ def test_what_is_written_is_read(tmp_path, dtype, size):
     assert not made.is_complete
     assert build([made], np.array([4, 2, 0, 1, 3]), compute) == 3  # five rows, two a part
     assert made.is_complete
-    assert made.nbytes == (tmp_path / "entry/activations.bin").stat().st_size == 14 * WIDTH * size
+    assert made.nbytes == (tmp_path / NAME / "activations.bin").stat().st_size == 14 * WIDTH * size
     expected = torch.cat([vectors_of(row) for row in (2, 0, 4)]).to(getattr(torch, dtype))
-    again = Entry(tmp_path / "entry", LENGTHS, WIDTH, dtype)
+    again = Entry(tmp_path / NAME, LENGTHS, WIDTH, dtype)
     assert torch.equal(again.fetch([2, 0, 4]), expected)
     assert again.fetch([2]).dtype == getattr(torch, dtype)
 
@@ -124,7 +134,7 @@ def test_several_processes_share_the_parts(tmp_path):
 
 def test_another_layout_in_the_folder_is_made_anew(tmp_path):
     build([entry(tmp_path)], np.arange(5), compute)
-    other = Entry(tmp_path / "entry", LENGTHS, WIDTH, "float16")
+    other = Entry(tmp_path / NAME, LENGTHS, WIDTH, "float16")
     assert not other.is_complete
     other.prepare()
     assert other.missing_parts() == [0, 1, 2]
@@ -135,6 +145,25 @@ def test_wrong_shapes_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="Row 1 has 1 x 2 values"):
         build([made], np.arange(5), lambda rows: [([torch.zeros(3, WIDTH) for _ in rows], [])])
     assert made.missing_parts() == [0, 1, 2]
+
+
+def test_what_the_type_cannot_hold_is_not_kept(tmp_path):
+    """The largest float16 is 65504."""
+    made = entry(tmp_path, "float16")
+    with pytest.raises(CannotPrecompute, match="for row 1 is not finite in float16"):
+        made.write(0, np.array([3, 1]), [torch.full((1, WIDTH), 65504.0), torch.full((1, WIDTH), 1e5)], [])
+    assert made.missing_parts() == [0, 1, 2]
+
+
+def test_what_an_interrupted_build_holds_on_the_disk_is_not_needed_again(tmp_path):
+    made = Entry(tmp_path / NAME, np.ones(4, dtype=np.int32), 2**18)  # a MiB a row, two rows a part
+    assert made.nbytes_to_come == made.nbytes == 4 * 2**20
+    made.prepare()
+    assert made.nbytes_to_come == pytest.approx(4 * 2**20, abs=2**16)  # a file system may count blocks of its own
+    made.write(1, np.array([2, 3]), [torch.ones(1, 2**18)] * 2, [])
+    assert made.nbytes_to_come == pytest.approx(2 * 2**20, abs=2**16)
+    made.write(0, np.array([0, 1]), [torch.ones(1, 2**18)] * 2, [])
+    assert made.nbytes_to_come == 0
 
 
 WORKER = """
@@ -209,9 +238,39 @@ def test_removing_takes_entries_and_nothing_else(tmp_path):
     assert remove_cache(tmp_path / "nowhere") == 0
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "corpus/entry.json",  # a store's marker, under another name
+        f"{OTHER}/photo.jpg",  # a name like the store's, and something else in it
+        f"{OTHER}/images/entry.json",
+        f"{OTHER}aa/entry.json",
+        OTHER,
+    ],
+)
+def test_removing_leaves_folders_of_others(tmp_path, path):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("{}")
+    assert cache_size(tmp_path) == (0, 0)
+    assert remove_cache(tmp_path) == 0
+    assert (tmp_path / path).read_text() == "{}"
+
+
+def test_what_a_kill_left_half_made_or_half_removed_is_removed(tmp_path):
+    made = entry(tmp_path)
+    (made.folder / "entry.json").rename(made.folder / ".incomplete-entry.json")
+    (tmp_path / OTHER).mkdir()
+    left = sum(file.stat().st_size for file in made.folder.iterdir())
+    assert cache_size(tmp_path) == (2, left)
+    with locked(made.folder):
+        assert remove_cache(tmp_path) == 0
+    assert remove_cache(tmp_path) == left > made.nbytes
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_removing_leaves_what_is_being_computed_and_says_so(tmp_path, caplog):
     made = entry(tmp_path)
-    other = Entry(tmp_path / "other", LENGTHS, WIDTH)
+    other = Entry(tmp_path / OTHER, LENGTHS, WIDTH)
     other.prepare()
     sizes = [file.stat().st_size for file in other.folder.iterdir()]
     with locked(made.folder, print):
@@ -219,7 +278,7 @@ def test_removing_leaves_what_is_being_computed_and_says_so(tmp_path, caplog):
         assert "1 of 2 sets of activations are in use and were left" in caplog.text
         build([made], np.arange(5), compute)
     assert made.is_sound()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "entry.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, f"{NAME}.lock"]
 
 
 def test_removing_leaves_what_others_read(tmp_path):
@@ -259,14 +318,14 @@ def test_a_complete_entry_is_sound_as_long_as_its_bytes_are_those_that_were_writ
     assert not made.is_sound()
     build([made], np.arange(5), compute)
     assert (made.is_complete, made.is_sound()) == (True, True)
-    file = tmp_path / "entry/activations.bin"
+    file = tmp_path / NAME / "activations.bin"
     content = file.read_bytes()
     file.write_bytes(content[:50] + b"x" + content[51:])
     assert (made.is_complete, made.is_sound()) == (True, False)
     file.write_bytes(content[:-1])
     assert (made.is_complete, made.is_sound()) == (False, False)
     file.write_bytes(content)
-    (tmp_path / "entry/complete.json").write_text("[]")
+    (tmp_path / NAME / "complete.json").write_text("[]")
     assert (made.is_complete, made.is_sound()) == (False, False)
     made.prepare()  # whoever builds it again has found it wrong
     assert made.missing_parts() == [0, 1, 2]

@@ -1,7 +1,7 @@
 """Activations on disk: ragged, memory-mapped, built in parts that survive a crash, found by what they were made from.
 
 CACHE_DIR/
-  4f6c.../entry.json         what the entry holds; its presence marks the folder as one of this store
+  4f6c.../entry.json         what the entry holds; written once the files have their sizes
   4f6c.../activations.bin    the vectors of all rows, one row after another, no padding
   4f6c.../positions.bin      for entries of one vector a row: which position of the row it is
   4f6c.../done.bin           a byte for each part: 1 once its vectors are on the disk
@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +27,14 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from ulmfit_tools.checkpoints import write_json
+from ulmfit_tools.checkpoints import STAGING, write_json
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.freeze_boundary import CannotPrecompute
 
 logger = logging.getLogger(__name__)
 
 ROWS_IN_A_PART = 256
+_FILES = {"entry.json", "activations.bin", "positions.bin", "done.bin", "complete.json"}
 SPARE_ROOM = 1.05  # of the disk room that an entry needs
 
 # NumPy has no bfloat16: its bits are kept as whole numbers.
@@ -68,6 +70,14 @@ class Entry:
         """Its size on disk."""
         vector = self.width * np.dtype(_NUMPY_TYPES[self.dtype]).itemsize
         return int(self.starts[-1]) * vector + 4 * len(self.lengths) * self.has_positions
+
+    @property
+    def nbytes_to_come(self) -> int:
+        """What the disk needs for it beside what an earlier build holds there: files have no blocks where no part is.
+
+        Whether that build is gone on with or goes, its room is this one's.
+        """
+        return max(0, self.nbytes - sum(512 * file.stat().st_blocks for file in self.folder.glob("*ions.bin")))
 
     @property
     def parts(self) -> int:
@@ -160,9 +170,13 @@ class Entry:
             for row, values in zip(rows, vectors, strict=True):
                 if values.shape != (self.lengths[row], self.width):
                     raise ValueError(f"Row {row} has {self.lengths[row]} x {self.width} values, not {values.shape}")
+                stored = values.detach().cpu().to(getattr(torch, self.dtype)).contiguous()
+                if not stored.isfinite().all():
+                    raise CannotPrecompute(
+                        f"What leaves the frozen layers for row {row} is not finite in {self.dtype}"
+                    )
                 file.seek(int(self.starts[row]) * vector)
-                bits = values.detach().cpu().to(getattr(torch, self.dtype)).contiguous().view(torch.uint8)
-                file.write(bits.numpy().tobytes())
+                file.write(stored.view(torch.uint8).numpy().tobytes())
             _to_disk(file)
         if self.has_positions:
             with open(self.folder / "positions.bin", "r+b") as file:
@@ -349,14 +363,23 @@ def check_room(folder: Path, nbytes: int) -> None:
     if nbytes * SPARE_ROOM > free:
         raise InputError(
             f"The activations need {nbytes / 2**20:,.0f} MiB, and the disk of {folder} has {free / 2**20:,.0f} MiB "
-            "free: make room, choose another folder or a smaller dtype, or train without precomputing"
+            "free: make room, choose another folder (for a plan $ULMFIT_TOOLS_CACHE), or train without precomputing"
         )
 
 
 def cache_size(cache_dir: str | Path) -> tuple[int, int]:
-    """How many entries a folder has, and their bytes on the disk."""
-    entries = [marker.parent for marker in Path(cache_dir).glob("*/entry.json")]
+    """How many entries a folder has, whole or not, and their bytes on the disk."""
+    entries = _entry_folders(cache_dir)
     return len(entries), sum(map(_nbytes, entries))
+
+
+def _entry_folders(cache_dir: str | Path) -> list[Path]:
+    """The folders in a folder that are this store's: by their names and by what is in them.
+
+    One that a kill left without `entry.json` is one of them.
+    """
+    named = (path for path in Path(cache_dir).glob("*") if re.fullmatch("[0-9a-f]{32}", path.name) and path.is_dir())
+    return [folder for folder in named if {file.name.removeprefix(STAGING) for file in folder.iterdir()} <= _FILES]
 
 
 def remove_cache(cache_dir: str | Path) -> int:
@@ -365,7 +388,7 @@ def remove_cache(cache_dir: str | Path) -> int:
     Returns:
         How many bytes were freed.
     """
-    freed = [remove_entry(marker.parent) for marker in Path(cache_dir).glob("*/entry.json")]
+    freed = [remove_entry(folder) for folder in _entry_folders(cache_dir)]
     left = freed.count(None)
     if left:
         logger.warning(f"{left} of {len(freed)} sets of activations are in use and were left: remove them later")

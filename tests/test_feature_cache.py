@@ -463,6 +463,15 @@ def test_one_pass_serves_the_phases_to_come(tmp_path, caplog):
         assert (report.reused, report.form, report.boundary) == (True, "sequence", f"bert.encoder.layer.{n - 2}")
 
 
+def test_a_phase_to_come_in_which_all_layers_train(tmp_path):
+    trainer = make_trainer(tmp_path / "head", HEAD)
+    to_come = [names_from(trainer.model, n) for n in (TOP, 0)]
+    with precomputed(trainer, cache_dir=tmp_path / "cache", to_come=to_come) as report:
+        pass
+    assert report.form == "vector"
+    assert run(make_trainer(tmp_path / "top", TOP), tmp_path).reused
+
+
 def test_boundaries_to_come_are_left_out_where_the_disk_is_small(tmp_path, caplog, monkeypatch):
     trainer = make_trainer(tmp_path / "head", HEAD)
     free = 52 * 16 * 4 * 2  # the vectors of 52 rows, twice

@@ -7,7 +7,7 @@ model runs, `frozen_pass` computes, and `activation_store` keeps the files. Froz
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers.utils import logging
 from ulmfit_tools.activation_store import DTYPES, Entry, all_or_none, in_use
 from ulmfit_tools.data.numbered_rows import ROW
 from ulmfit_tools.errors import InputError, nearest
-from ulmfit_tools.freeze_boundary import CannotPrecompute, find_boundary, in_batch, one_token, padded
+from ulmfit_tools.freeze_boundary import Boundary, CannotPrecompute, find_boundary, in_batch, one_token, padded
 from ulmfit_tools.freezing import keep_in_eval_mode
 from ulmfit_tools.frozen_pass import CacheReport, FrozenPass, Source, slices
 
@@ -83,7 +83,7 @@ def precomputed(
     given = [data for data in (before[0], *evaluated.values()) if data is not None and has_length(data)]
     sources = [Source(data, trainer) for data in given]
     frozen_pass = FrozenPass(trainer, find_boundary(model), sources, Path(cache_dir))
-    report = frozen_pass.make(dtype, [find_boundary(model, trainable) for trainable in to_come])
+    report = frozen_pass.make(dtype, _boundaries(model, to_come))
     with ExitStack() as held:
         with all_or_none(Path(cache_dir)) as meet:
             held.enter_context(in_use(frozen_pass.entries))
@@ -131,6 +131,20 @@ def _check_trainer(trainer: Trainer) -> None:
         raise CannotPrecompute("Activations are kept by row, so the training data needs numbered rows and a length")
     if getattr(trainer.data_collator, "augments", False):
         raise CannotPrecompute("The text is augmented, another one in each epoch, and so are its activations")
+    if trainer.args.neftune_noise_alpha is not None:
+        raise CannotPrecompute("NEFTune adds noise to the embeddings, another one in each step: nothing is kept")
+    model: Any = trainer.model
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        raise CannotPrecompute("LayerDrop leaves whole layers out, others in each step: set it to 0 in the model")
+
+
+def _boundaries(model: nn.Module, to_come: Sequence[Collection[str]]) -> list[Boundary]:
+    """Where the frozen part ends in trainings to come; in some of them nothing may be frozen."""
+    found = []
+    for trainable in to_come:
+        with suppress(CannotPrecompute):
+            found.append(find_boundary(model, trainable))
+    return found
 
 
 class _Collator:

@@ -580,6 +580,39 @@ def test_all_is_put_back_also_after_an_error(tmp_path, n):
     assert state_of(trainer) == before
 
 
+class Write(TrainerCallback):
+    """Writes to a frozen weight in the middle of the second epoch, as an average of weights does."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 15:
+            with torch.no_grad():
+                model.bert.encoder.layer[0].output.dense.weight *= self.factor
+
+
+@pytest.mark.parametrize(("factor", "drops"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("n", [HEAD, TOP])
+def test_frozen_weights_that_are_written_to_end_the_replay(tmp_path, caplog, n, workers, factor, drops):
+    def change(trainer):
+        trainer.add_callback(Write(factor))
+
+    compare(tmp_path, n, change=change, dataloader_num_workers=workers)
+    assert caplog.text.count("Weights of the frozen part were changed: training goes on") == drops
+
+
+def test_frozen_weights_that_are_written_to_before_an_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with precomputed(trainer, cache_dir=tmp_path / "cache"):
+        before = trainer.evaluate()["eval_loss"]
+        with torch.no_grad():
+            trainer.model.bert.encoder.layer[0].output.dense.weight *= 3
+        after = trainer.evaluate()["eval_loss"]
+    assert after == trainer.evaluate()["eval_loss"] != before
+
+
 class Thaw(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 5:

@@ -55,8 +55,8 @@ def precomputed(
     was, but for the special tokens of the model's configuration, which are the tokenizer's, as after any training.
     With dropout off, losses, gradients and weights are those of the training without, but for the order of additions
     in batches that are padded otherwise; with dropout on, the frozen layers run without it. The rows come in the same
-    order. When layers of the frozen part are thawed in the middle, or a checkpoint with other weights is loaded,
-    training goes on through the layers.
+    order. When layers of the frozen part are thawed in the middle, or their weights change by a checkpoint or by what
+    is written to them, training goes on through the layers. What is written through `.data` torch does not tell.
 
     Args:
         trainer: A `Trainer` with some blocks frozen from the input up. Several processes (DDP) share the work.
@@ -69,7 +69,8 @@ def precomputed(
         What was done.
 
     Raises:
-        CannotPrecompute: The activations cannot stand in for the frozen layers; the message says why.
+        CannotPrecompute: The activations cannot stand in for the frozen layers, or the dtype cannot hold them; the
+            message says why.
         InputError: The dtype is unknown or the disk has no room.
     """
     if dtype not in (*DTYPES, "auto"):
@@ -249,6 +250,7 @@ class _Keeper(TrainerCallback):
         parameters = frozen_pass.model.named_parameters()
         self._frozen = [parameter for name, parameter in parameters if frozen_pass.boundary.holds(name)]
         self._digests = frozen_pass.digests(frozen_pass.boundary)
+        self._versions = self._count_changes()
 
     def begin(self) -> None:
         """Put the replay into the place of the frozen layers."""
@@ -263,7 +265,9 @@ class _Keeper(TrainerCallback):
             self._release()
 
     def hand_over(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the model's forward: takes out of the batch what is not the model's."""
+        """Before the model's forward: looks at the layers, and takes out of the batch what is not the model's."""
+        if self._collator.replays and self._count_changes() != self._versions:
+            self._look("Weights of the frozen part were changed")
         activations, numbers = kwargs.pop(ACTIVATIONS, None), kwargs.pop(ROW, None)
         if self._collator.replays:
             self._pass.replay.activations = None if activations is None else activations.to(self._pass.dtype)
@@ -276,9 +280,7 @@ class _Keeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Looks whether a checkpoint brought other weights for the frozen layers."""
-        now = FrozenPass(self._pass.trainer, self._pass.boundary, [], self._pass.cache_dir)
-        if now.digests(self._pass.boundary) != self._digests:
-            self._drop("The checkpoint has other weights in the frozen layers")
+        self._look("The checkpoint has other weights in the frozen layers")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,6 +288,17 @@ class _Keeper(TrainerCallback):
         """Looks whether a layer of the frozen part trains now."""
         if any(parameter.requires_grad for parameter in self._frozen):
             self._drop("Layers of the frozen part were thawed")
+
+    def _look(self, why: str) -> None:
+        """Compare the frozen layers with what they were."""
+        now = FrozenPass(self._pass.trainer, self._pass.boundary, [], self._pass.cache_dir)
+        if now.digests(self._pass.boundary) != self._digests:
+            self._drop(why)
+        self._versions = self._count_changes()
+
+    def _count_changes(self) -> list[int]:
+        """How often each frozen weight was written to in place; torch has no public name for it."""
+        return [parameter._version for parameter in self._frozen]
 
     def _drop(self, why: str) -> None:
         if self._collator.replays:

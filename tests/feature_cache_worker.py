@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from tiny import pad_rows, ragged_rows, tiny_bert
 from transformers import Trainer, TrainingArguments
 
@@ -72,12 +73,32 @@ def refusal(folder, rank):
         Entry.write = own
 
 
+def refusal_of_one(folder, rank):
+    """What is said where the collator of the second process is random; both train through the layers then."""
+
+    def collate(rows):
+        batch = pad_rows(rows)
+        if rank == 1:
+            batch["input_ids"][:, 1] = torch.randint(5, 60, (len(rows),))
+        return batch
+
+    trainer = make_trainer(folder, -1)
+    trainer.data_collator = collate
+    try:
+        with precomputed(trainer, cache_dir=folder / "random"):
+            return ""
+    except CannotPrecompute as error:
+        trainer.train()
+        return str(error)
+
+
 def main(folder):
     from accelerate import PartialState
 
     rank = PartialState(cpu=True).process_index
     found = {str(n): [losses(folder, n, False)[0], *losses(folder, n, True)] for n in (-1, -3)}
     found["full"] = refusal(folder, rank)
+    found["random"] = refusal_of_one(folder, rank)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

@@ -14,8 +14,11 @@ from test_distributed import launch_worker
 from tiny import pad_rows, ragged_rows, tiny_bert
 from tiny_text import tiny_tokenizer
 from transformers import (
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -31,7 +34,7 @@ from ulmfit_tools.feature_cache import CannotPrecompute, activation_cache, preco
 from ulmfit_tools.freeze_boundary import find_boundary
 from ulmfit_tools.freezing import freeze_to, keep_in_eval_mode
 from ulmfit_tools.lr_range import lr_range_test
-from ulmfit_tools.replay_check import same_vectors
+from ulmfit_tools.replay_check import relative_error, same_vectors
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, optimizer_of_arguments
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -220,6 +223,55 @@ def test_a_loss_of_outputs_and_labels_does_with_a_vector(tmp_path):
     assert compare(tmp_path, HEAD, plain=True, change=change).form == "vector"
 
 
+class WithAnotherLoss(BertForSequenceClassification):
+    """Adds to its loss something of all tokens, which the logits are not made of."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        output = super().forward(input_ids, attention_mask, labels=labels, output_hidden_states=True)
+        if labels is not None:
+            tokens = self.bert.pooler(output.hidden_states[-1][:, 1:2])
+            output["loss"] = output.loss + tokens.pow(2).mean()
+        return {name: output[name] for name in ("loss", "logits") if name in output}
+
+
+def test_a_loss_of_the_models_own_that_reads_more_than_the_logits(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return WithAnotherLoss(tiny_bert(**NO_DROPOUT).config)
+
+    expected, _ = train(tmp_path, False, HEAD, model=model())
+    ours, report = train(tmp_path, True, HEAD, model=model())
+    assert report.form == "sequence"
+    assert_same_numbers(ours, expected)
+
+
+def loss_of_hidden_states(number):
+    def change(trainer):
+        def loss(outputs, labels, num_items_in_batch):
+            read = outputs["hidden_states"][number][:, 1].abs().sum(1).mean()
+            return torch.nn.functional.cross_entropy(outputs["logits"], labels) + read
+
+        trainer.model.config.output_hidden_states = True
+        trainer.compute_loss_func = loss
+
+    return change
+
+
+def test_a_loss_function_that_reads_other_tokens(tmp_path):
+    assert compare(tmp_path, HEAD, plain=True, change=loss_of_hidden_states(-1)).form == "sequence"
+
+
+def test_a_loss_that_draws_random_numbers_leaves_them_as_they_were(tmp_path):
+    def change(trainer):
+        def smoothed(outputs, labels, num_items_in_batch):
+            loss = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+            return loss * (1 + torch.rand(())) / num_items_in_batch
+
+        trainer.compute_loss_func = smoothed
+
+    assert compare(tmp_path, HEAD, plain=True, change=change).form == "vector"
+
+
 # ---- The store's type ----------------------------------------------------------------------------------------------
 
 
@@ -232,6 +284,43 @@ def test_half_precision_is_smaller_and_its_error_told(tmp_path, dtype, unit):
     assert 0 < half.error < 16 * unit
     assert_same_numbers(ours, expected, rel=64 * unit)
     assert differences(ours["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize(
+    ("n", "layer", "line"),
+    [
+        (TOP, 1, "float16 cannot hold what leaves bert.encoder.layer.1: use bfloat16 or float32"),  # a few rows tell
+        (HEAD, 3, "is not finite in float16"),  # the pooler's tanh makes 1 of it
+    ],
+)
+def test_a_type_that_cannot_hold_them_is_refused(tmp_path, n, layer, line):
+    model = tiny_bert(**NO_DROPOUT)
+    with torch.no_grad():
+        model.bert.encoder.layer[layer].output.LayerNorm.weight[3] *= 1e5
+        for above in model.bert.encoder.layer[
+            layer + 1 :
+        ]:  # which do not look at it, or rounding decides what they see
+            above.attention.self.query.weight[:, 3] = above.attention.self.key.weight[:, 3] = 0
+    trainer = make_trainer(tmp_path / "run", n, model=model)
+    with (
+        pytest.raises(CannotPrecompute, match=line),
+        precomputed(trainer, cache_dir=tmp_path / "cache", dtype="float16"),
+    ):
+        pass
+    assert list(tmp_path.glob("cache/*")) == []
+
+
+def test_a_head_of_zeros_is_moved_by_nothing(tmp_path):
+    def change(trainer):
+        torch.nn.init.zeros_(trainer.model.classifier.weight)
+
+    assert train(tmp_path, True, HEAD, change=change, dtype="float16")[1].error == 0
+
+
+def test_the_error_is_a_share_of_the_largest():
+    assert relative_error(torch.tensor([1.0, -3.5]), torch.tensor([1.0, -4.0])) == 0.125
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
 
 
 def test_unknown_type(tmp_path):
@@ -742,6 +831,63 @@ def augment(trainer):
     trainer.data_collator = collate
 
 
+def draw_for_one_row(trainer):
+    rows = trainer.train_dataset
+
+    def collate(some):
+        batch = pad_rows(some)
+        for place, row in enumerate(some):
+            if row["input_ids"] is rows[17]["input_ids"]:
+                batch["input_ids"][place, 1] = int(torch.randint(5, 10**6, ())) % 60
+        return batch
+
+    trainer.data_collator = collate
+
+
+def draw_labels(trainer):
+    trainer.data_collator = lambda rows: {**pad_rows(rows), "labels": torch.randint(3, (len(rows),))}
+
+
+def noise_in_the_embeddings(trainer):
+    trainer.args.neftune_noise_alpha = 5.0
+
+
+def without_some_layers(trainer):
+    tiny = dict(vocab_size=64, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=4, num_attention_heads=2)
+    config = OPTConfig(**tiny, ffn_dim=32, max_position_embeddings=64, layerdrop=0.5)
+    trainer.model = OPTForSequenceClassification(config)
+    freeze_to(trainer.model, TOP)
+
+
+def read_lower_layers(trainer):
+    loss_of_hidden_states(1)(trainer)
+    trainer.evaluate()  # in a first forward pass transformers adds the hooks that note hidden states
+
+
+def require_labels(trainer):
+    own = trainer.model.forward
+    trainer.model.forward = lambda input_ids, attention_mask, labels: own(input_ids, attention_mask, labels=labels)
+
+
+def lose_nothing(trainer):
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["no such"]
+
+
+def mask_in_four_dimensions(trainer):
+    def collate(rows):
+        batch = pad_rows(rows)
+        return {**batch, "attention_mask": batch["attention_mask"][:, None, None].float()}
+
+    trainer.data_collator = collate
+
+
+def empty_row(trainer):
+    tiny = dict(vocab_size=64, n_positions=32, n_embd=16, n_layer=4, n_head=2, pad_token_id=0, num_labels=3)
+    trainer.model = GPT2ForSequenceClassification(GPT2Config(**tiny))
+    freeze_to(trainer.model, TOP)
+    trainer.train_dataset = [*trainer.train_dataset, {"input_ids": [], "labels": 1}]
+
+
 def stream(trainer):
     trainer.args.max_steps = 10
     trainer.train_dataset = hub_rows(trainer.train_dataset).to_iterable_dataset()
@@ -780,6 +926,15 @@ def evaluate_in_float16(trainer):
         (evaluate_in_bfloat16, "change the frozen weights for an evaluation"),
         (evaluate_in_float16, "change the frozen weights for an evaluation"),
         (augment, "another batch for the same rows"),
+        (draw_for_one_row, "another batch for the same rows"),
+        (draw_labels, "another batch for the same rows"),
+        (noise_in_the_embeddings, "NEFTune adds noise"),
+        (without_some_layers, "LayerDrop leaves whole layers out"),
+        (read_lower_layers, "or the loss reads more"),
+        (require_labels, "does not run on single rows or without labels: .*missing 1 required .* 'labels'"),
+        (lose_nothing, "gives no loss for a few rows in eval mode: 'no such'"),
+        (mask_in_four_dimensions, "no input_ids and attention_mask of the shape"),
+        (empty_row, "GPT2ForSequenceClassification does not run on single rows"),
         (stream, "a length"),
         (thaw_all, "No block of layers is frozen below what trains"),
         (remake, "model_init makes a new model"),
@@ -917,6 +1072,17 @@ def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
     assert written == [2, 3, 0, 1]  # the rest of the four parts of 40 training rows, and the two of 12 others
 
 
+def test_an_interrupted_pass_goes_on_where_the_disk_holds_no_more_than_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(activation_store, "ROWS_IN_A_PART", 10)
+    stop_after(3, monkeypatch)  # of four parts of the training rows, the shortest in the last
+    with pytest.raises(KeyboardInterrupt):
+        report_of(tmp_path, TOP)
+    lengths = [sorted(len(row["input_ids"]) for row in rows) for rows in (ragged_rows(), ragged_rows(12, seed=1))]
+    rest = (sum(lengths[0][:10]) + sum(lengths[1])) * 16 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1.1 * rest}))
+    assert not report_of(tmp_path, TOP).reused
+
+
 def test_where_plans_keep_it(monkeypatch, tmp_path):
     monkeypatch.setenv("ULMFIT_TOOLS_CACHE", str(tmp_path))
     assert activation_cache() == tmp_path / "activations"
@@ -937,3 +1103,5 @@ def test_two_processes_share_the_pass_and_have_the_losses_of_the_layers(tmp_path
         assert sum(counted) < 600 + 2 * 600  # and not all of them in both
     for said in (rank["full"] for rank in ranks):  # the disk of the second one
         assert said.endswith("[Errno 28] No space left on device")
+    for said in (rank["random"] for rank in ranks):  # the collator of the second one
+        assert said.startswith("The collator gives another batch")

@@ -1,8 +1,9 @@
 """The one pass over the frozen layers: which rows, in which form, from which weights, and into which entries."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from ulmfit_tools.replay_check import (
     same_vectors,
     seconds_of,
     seconds_saved,
+    tried,
 )
 from ulmfit_tools.row_source import Batch, Source, a_few, content_key, slices
 
@@ -124,20 +126,9 @@ class FrozenPass:
 
     def make(self, dtype: str, to_come: Sequence[Boundary]) -> CacheReport:
         """Settle the form, check it, tell the size and the cost, and compute what is not there."""
-        source = self.sources[0]
-        rows = a_few(source.order)
-        source.check_repeats(rows)
-        self._settle_form(source, rows)
-        vectors, at = self._vectors(source, rows, [self.boundary])[0]
-        self.dtype = vectors[0].dtype
-        dtype = _DTYPE_NAMES.get(self.dtype, "float32") if dtype == "auto" else dtype
-        error = self._storage_error(source, rows, vectors, at, dtype)
-        width = vectors[0].shape[-1]
-        self.entries = [self._entry(self.boundary, source, self.form, width, dtype) for source in self.sources]
+        dtype, error, even, missing = self._try_out(dtype)
         nbytes = sum(entry.nbytes for entry in self.entries)
-        missing = self._missing()
         reused = not any(missing)
-        even = self._break_even(source)
         size = f"{nbytes / 2**20:,.1f} MiB of {dtype} ({self.form}s)"
         if reused:
             self._say(f"What leaves {self.boundary.path} is there already: {size}")
@@ -169,14 +160,42 @@ class FrozenPass:
 
     # Trying it on a few rows
 
+    def _try_out(self, dtype: str) -> tuple[str, float, float, list[bool]]:
+        """Settle the form and the entries; all processes do, or none.
+
+        Returns:
+            The type to store, the error that it makes, after how many epochs the pass pays, and which entries are to
+            be computed.
+        """
+        with all_or_none(self.cache_dir) as meet:
+            source = self.sources[0]
+            rows = a_few(source.order)
+            self._settle_form(source, rows)
+            self.form = "sequence" if "sequence" in meet(self.form) else "vector"
+            vectors, at = self._vectors(source, rows, [self.boundary])[0]
+            self.dtype = vectors[0].dtype
+            dtype = _DTYPE_NAMES.get(self.dtype, "float32") if dtype == "auto" else dtype
+            error = self._storage_error(source, rows, vectors, at, dtype)
+            width = vectors[0].shape[-1]
+            self.entries = [self._entry(self.boundary, one, self.form, width, dtype) for one in self.sources]
+            even = self._break_even(source)
+            missing: list[bool] = meet(self._missing())[0]
+        return dtype, error, even, missing
+
     def _settle_form(self, source: Source, rows: np.ndarray) -> None:
         """Find the smallest form from which the layers above give the same numbers; in full precision.
 
         Raises:
             CannotPrecompute: None does.
         """
-        together = self._to_device(source.inputs(rows))
-        with in_eval_mode(self.model):
+        together, labels = self._to_device(source.inputs(rows)), self._to_device(source.labels(rows))
+
+        def loss(batch: Mapping[str, torch.Tensor]) -> Any:
+            cuda = [self.args.device] if self.args.device.type == "cuda" else []
+            with torch.random.fork_rng(cuda):  # it may draw some, which both sides of the comparison share
+                return self.trainer.compute_loss(self.model, {**batch, **labels}, num_items_in_batch=len(rows))
+
+        with in_eval_mode(self.model), tried(self.model, "does not run on single rows or without labels"):
             hidden = self.replay.learn(together)
             if hidden.shape[:2] != together["input_ids"].shape:
                 raise CannotPrecompute(f"{self.boundary.path} does not put out one vector for each token")
@@ -188,12 +207,12 @@ class FrozenPass:
             at = in_row(positions, together["attention_mask"])
             ones = torch.stack([vector[i] for vector, i in zip(vectors, at, strict=True)])[:, None]
             try:
-                check_replay(self.replay, together, ones, one_token(together, positions))
+                check_replay(self.replay, together, ones, one_token(together, positions), loss)
                 self.form = "vector"
                 return
             except CannotPrecompute:
                 pass  # it reads more of the batch than that token
-        check_replay(self.replay, together, padded(torch.cat(vectors), together["attention_mask"]))
+        check_replay(self.replay, together, padded(torch.cat(vectors), together["attention_mask"]), loss=loss)
 
     def _storage_error(
         self, source: Source, rows: np.ndarray, vectors: list[torch.Tensor], at: list[int], dtype: str
@@ -206,7 +225,11 @@ class FrozenPass:
         if self.form == "vector":
             inputs = one_token(inputs, in_batch(at, inputs["attention_mask"]))
         with in_eval_mode(self.model), self.accelerator.autocast():
-            return rounding_error(self.replay, inputs, padded(torch.cat(vectors), inputs["attention_mask"]), stored)
+            cached = padded(torch.cat(vectors), inputs["attention_mask"])
+            error = rounding_error(self.replay, inputs, cached, stored)
+        if not math.isfinite(error):
+            raise CannotPrecompute(f"{dtype} cannot hold what leaves {self.boundary.path}: use bfloat16 or float32")
+        return error
 
     def _break_even(self, source: Source) -> float:
         """Epochs until the pass has paid: its time over what an epoch saves.
@@ -229,18 +252,16 @@ class FrozenPass:
     # What is there
 
     def _missing(self) -> list[bool]:
-        """Which entries are to be computed; one look for all processes."""
-        with all_or_none(self.cache_dir) as meet:
-            missing = []
-            for source, entry in zip(self.sources, self.entries, strict=True) if self._leads else ():
-                missing.append(not self._is_good(source, self.boundary, entry))
-                if missing[-1] and entry.is_complete:
-                    self._say(
-                        f"What was kept of {self.boundary.path} for {len(source):,} rows is damaged, or not what the "
-                        "layers put out now: it is computed anew"
-                    )
-            found: list[bool] = meet(missing)[0]
-        return found
+        """Which entries are to be computed; the first process looks for all."""
+        missing = []
+        for source, entry in zip(self.sources, self.entries, strict=True) if self._leads else ():
+            missing.append(not self._is_good(source, self.boundary, entry))
+            if missing[-1] and entry.is_complete:
+                self._say(
+                    f"What was kept of {self.boundary.path} for {len(source):,} rows is damaged, or not what the "
+                    "layers put out now: it is computed anew"
+                )
+        return missing
 
     def _is_good(self, source: Source, boundary: Boundary, entry: Entry) -> bool:
         return entry.is_sound() and self._agrees(source, boundary, entry)
@@ -284,13 +305,13 @@ class FrozenPass:
         """For each source what is to be computed."""
         width, dtype = self.entries[0].width, self.entries[0].dtype
         wanted = [[(self.boundary, entry)] * absent for entry, absent in zip(self.entries, missing, strict=True)]
-        room = sum(entry.nbytes for pairs in wanted for _, entry in pairs)
+        room = sum(entry.nbytes_to_come for pairs in wanted for _, entry in pairs)
         check_room(self.cache_dir, room)
         for boundary in {one.path: one for one in to_come if one.path != self.boundary.path}.values():
             more = [self._entry(boundary, source, "sequence", width, dtype) for source in self.sources]
-            size = sum(entry.nbytes for entry in more if not entry.is_complete)
-            if not size:
+            if all(entry.is_complete for entry in more):
                 continue
+            size = sum(entry.nbytes_to_come for entry in more if not entry.is_complete)
             try:
                 check_room(self.cache_dir, room + size)
             except InputError:

@@ -16,14 +16,21 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torc
 NOISE = 1e-2  # of that, and of the largest gradient: that of a key's bias is 0 but for the order of additions
 
 
-def check_replay(replay: Replay, batch: Batch, cached: torch.Tensor, replay_batch: Batch | None = None) -> None:
-    """Compare logits and gradients of the layers themselves with those of the replay, in eval mode.
+def check_replay(
+    replay: Replay,
+    batch: Batch,
+    cached: torch.Tensor,
+    replay_batch: Batch | None = None,
+    loss: Callable[[Batch], torch.Tensor] = lambda batch: torch.zeros(()),
+) -> None:
+    """Compare logits, loss and gradients of the layers themselves with those of the replay, in eval mode.
 
     Args:
         replay: The replay, not installed; it knows the form of the outputs.
         batch: The model's inputs without labels.
         cached: What left the boundary for these rows in other batches, put together as the replay gets it.
         replay_batch: The inputs for the replay, where they are others.
+        loss: The training's loss for such a batch, a scalar: it may read more than the logits.
 
     Raises:
         CannotPrecompute: They differ.
@@ -31,22 +38,35 @@ def check_replay(replay: Replay, batch: Batch, cached: torch.Tensor, replay_batc
     model = replay.model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with in_eval_mode(model):
-        direct = _logits_and_gradients(model, batch, parameters)
-        try:
-            with replay.installed():
-                replay.activations = cached
-                replayed = _logits_and_gradients(model, batch if replay_batch is None else replay_batch, parameters)
-        except Exception as error:  # whatever a model makes of a replay that does not suit it
-            line = " ".join(str(error).split())[:200]
-            raise CannotPrecompute(f"{type(model).__name__} does not run from activations: {line}") from error
-    known = [values for values in direct[1:] if values is not None]
+        with tried(model, "gives no loss for a few rows in eval mode"):
+            direct = _numbers(model, batch, parameters, loss)
+        with tried(model, "does not run from activations"), replay.installed():
+            replay.activations = cached
+            replayed = _numbers(model, batch if replay_batch is None else replay_batch, parameters, loss)
+    known = [values for values in direct if values is not None]
     noise = NOISE * TOLERANCE[direct[0].dtype] * max((float(values.abs().max()) for values in known), default=0.0)
     for ours, theirs in zip(replayed, direct, strict=True):
         if (ours is None) != (theirs is None) or (theirs is not None and _differ(ours, theirs, noise)):
             raise CannotPrecompute(
                 f"{type(model).__name__} gives other numbers from activations at {replay.boundary.path}: its layers "
-                "hand on more than these, or something else where a batch is padded otherwise"
+                "hand on more than these, or something else where a batch is padded otherwise, or the loss reads more"
             )
+
+
+@contextmanager
+def tried(model: nn.Module, failure: str) -> Iterator[None]:
+    """A trial of a model; whatever it makes of one that does not suit it, the training does without activations.
+
+    Raises:
+        CannotPrecompute: It fails; the message says of what.
+    """
+    try:
+        yield
+    except CannotPrecompute:
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise CannotPrecompute(f"{type(model).__name__} {failure}: {line}") from error
 
 
 def _differ(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> bool:
@@ -68,8 +88,9 @@ def same_vectors(kept: torch.Tensor, computed: torch.Tensor, precision: torch.dt
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference as a share of the reference's largest value."""
-    return float((value - reference).abs().max() / reference.abs().max())
+    """The largest difference as a share of the reference's largest value; 0 where there is none."""
+    difference = (value - reference).abs().max()
+    return float(difference / reference.abs().max()) if difference else 0.0
 
 
 def rounding_error(replay: Replay, batch: Batch, cached: torch.Tensor, stored: torch.dtype) -> float:
@@ -112,12 +133,15 @@ def logits_of(output: Any) -> torch.Tensor:
     return output["logits"] if isinstance(output, Mapping) else output[0]
 
 
-def _logits_and_gradients(model: nn.Module, batch: Batch, parameters: list[nn.Parameter]) -> list[Any]:
-    logits = logits_of(model(**batch))
+def _numbers(
+    model: nn.Module, batch: Batch, parameters: list[nn.Parameter], loss: Callable[[Batch], torch.Tensor]
+) -> list[Any]:
+    """Logits, loss and gradients."""
+    logits, value = logits_of(model(**batch)), loss(batch)
     # Every logit counts with another weight, so that no two errors cancel out.
     weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=logits.dtype).cos().view_as(logits)
-    gradients = torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True)
-    return [logits.detach(), *gradients]
+    gradients = torch.autograd.grad((logits * weights).sum() + value, parameters, allow_unused=True)
+    return [logits.detach(), value.detach(), *gradients]
 
 
 def read_positions(model: nn.Module, boundary: Boundary, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

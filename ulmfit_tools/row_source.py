@@ -50,35 +50,32 @@ class Source:
         """The model's inputs of some rows: without labels, with an attention mask.
 
         Raises:
-            CannotPrecompute: The batches have no `input_ids` of the shape (rows, tokens).
+            CannotPrecompute: The batches have no `input_ids` of the shape (rows, tokens), or a mask of another one.
         """
-        batch = self._unlabelled(rows)
+        batch = self._unlabelled(self.batch(rows))
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         return batch
 
-    def _unlabelled(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        batch = {name: value for name, value in self.batch(rows).items() if name not in self.label_names}
-        if not isinstance(batch.get("input_ids"), torch.Tensor) or batch["input_ids"].dim() != 2:
-            raise CannotPrecompute("The batches have no input_ids of the shape (rows, tokens)")
-        return batch
+    def labels(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The labels of some rows, by name."""
+        return {name: value for name, value in self.batch(rows).items() if name in self.label_names}
 
-    def check_repeats(self, rows: np.ndarray) -> None:
-        """See that some rows are collated the same each time.
-
-        Raises:
-            CannotPrecompute: They are not.
-        """
-        for _ in range(3):
-            one, other = self.inputs(rows), self.inputs(rows)
-            if one.keys() != other.keys() or any(not torch.equal(one[name], other[name]) for name in one):
-                raise CannotPrecompute("The collator gives another batch for the same rows each time: nothing is kept")
+    def _unlabelled(self, batch: Batch) -> Batch:
+        inputs = {name: value for name, value in batch.items() if name not in self.label_names}
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+            raise CannotPrecompute("The batches have no input_ids and attention_mask of the shape (rows, tokens)")
+        return inputs
 
     @functools.cached_property
     def _read(self) -> tuple[np.ndarray, str]:
         lengths, digests = [], []
         unmasked: set[int] = set()  # how wide batches and single rows are that have no mask
         for rows in slices(np.arange(len(self)), 1000):
-            batch = self._unlabelled(rows)
+            whole, again = self.batch(rows), self.batch(rows)
+            if whole.keys() != again.keys() or any(not torch.equal(whole[name], again[name]) for name in whole):
+                raise CannotPrecompute("The collator gives another batch for the same rows each time: nothing is kept")
+            batch = self._unlabelled(whole)
             if "attention_mask" not in batch:
                 unmasked |= {part["input_ids"].shape[1] for part in (batch, *(self.batch([row]) for row in rows))}
             if len(unmasked) > 1:

@@ -1,6 +1,6 @@
 """The recipes run as they stand, on tiny models and data."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -116,13 +116,11 @@ def test_lr_suggestions_benchmark(tmp_path):
 
 def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):
     """The head is trained, what is below it is not, and every trainer of a case begins at the same weights."""
-    spec = importlib.util.spec_from_file_location("lr_suggestions", RECIPES / "benchmarks/lr_suggestions.py")
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, recipe)
-    spec.loader.exec_module(recipe)
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    recipe = importlib.import_module("lr_starts")
     monkeypatch.setattr(recipe, "MODEL", model)
     monkeypatch.setattr(recipe, "TASKS", {"colours": {"source": data}})
-    tasks = recipe.Tasks(tmp_path, bf16=False)
+    tasks = recipe.Tasks(tmp_path, bf16=False, held_out_rows=10)
     weights = [
         recipe.make_trainer(recipe.Case("colours", 0, True, trained), tasks, str(tmp_path)).model.state_dict()
         for trained in (False, True, True)

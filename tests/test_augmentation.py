@@ -1,6 +1,7 @@
 """Text augmentation: what it changes by hand, what it leaves alone, and that it is the same again after a resume."""
 
 import random
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -10,13 +11,19 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from runs import differences, make_trainer, outcome
 from tiny import pad_rows, ragged_rows, tiny_bert
-from tiny_text import SPECIAL, tiny_tokenizer
+from tiny_text import SPECIAL, tiny_tokenizer, write_csv
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
+from ulmfit_tools.data import load_text_classification
 from ulmfit_tools.data.augmentation import Augmentation, AugmentingCollator, _edit, augmented
 from ulmfit_tools.data.numbered_rows import ROW, numbered
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.plans import FineTuningPlan, Phase, run_plan
 
 CLS, SEP, MASK = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]"), SPECIAL.index("[MASK]")
 PAIR = [CLS, 5, 6, 7, 8, SEP, 9, 10, 11, 12, 13, 14, SEP]
@@ -240,6 +247,54 @@ def test_a_tokenizer_without_a_mask_is_refused():
     tokenizer.mask_token = None
     with pytest.raises(InputError, match="no mask token.*Use drop instead"):
         AugmentingCollator(pad_rows, Augmentation(mask=0.1), tokenizer, 0)
+
+
+def generic_tokenizer(*, pair="$A $B", single="$A", **settings):
+    """Words, an end token, and by default nothing around or between texts, as GPT-2's."""
+    words = Tokenizer(WordLevel({"[EOS]": 0, "a": 1, "b": 2, "|": 3}, unk_token="[EOS]"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[("[EOS]", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[EOS]", **settings)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "shown"),
+    [
+        (generic_tokenizer(), False),
+        (generic_tokenizer(single="$A [EOS]", pair="$A $B [EOS]"), False),
+        (generic_tokenizer(single="$A [EOS]", pair="$A [EOS] $B [EOS]"), True),
+        (generic_tokenizer(pair="$A $B:1", model_input_names=["input_ids", "token_type_ids"]), True),
+        (generic_tokenizer(pair="$A $B:1"), False),  # it does not give the types
+        (tiny_tokenizer(), True),
+    ],
+)
+def test_pairs_whose_border_is_not_to_be_seen_are_refused(tokenizer, shown):
+    Augmentation(swap=0.1).check_tokenizer(tokenizer)
+    refused = pytest.raises(InputError, match="puts nothing between the two texts of a pair")
+    with nullcontext() if shown else refused:
+        Augmentation(swap=0.1).check_tokenizer(tokenizer, pairs=True)
+
+
+def test_a_plan_refuses_them_before_it_trains(tmp_path):
+    rows = [("the sky", "a sea", "same"), ("old leaf", "a stone", "other")] * 8
+    write_csv(tmp_path / "data/train.csv", rows, header=("first", "second", "label"))
+    data = load_text_classification(str(tmp_path / "data"), text_columns=["first", "second"])
+    plan = FineTuningPlan(name="x", phases=[Phase(name="all", steps=1, augment=Augmentation(swap=0.1))])
+    model, tokenizer = tiny_bert(num_labels=2), generic_tokenizer(pad_token="[EOS]")
+    with pytest.raises(InputError, match="puts nothing between the two texts of a pair"):
+        run_plan(plan, model=model, tokenizer=tokenizer, data=data, output_dir=tmp_path / "run")
+
+
+def test_special_tokens_that_were_added_stay():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["xxcap"], special_tokens=True)
+    tokenizer.add_tokens(["plain"])
+    special, plain = tokenizer.convert_tokens_to_ids(["xxcap", "plain"])
+    collator = AugmentingCollator(lambda rows: rows, Augmentation(drop=0.9), tokenizer, 0)
+    rows = [{"input_ids": [CLS, special, 5, plain, 6, special, SEP], ROW: row} for row in range(20)]
+    left = [row["input_ids"] for row in collator(rows)]
+    assert all(ids.count(special) == 2 for ids in left)
+    assert any(plain not in ids for ids in left)
 
 
 class Stop(Exception):

@@ -35,8 +35,9 @@ class Augmentation:
 
     Special tokens and padding stay as they are. Each stretch of tokens between them, as each text of a pair, is
     changed by itself, keeps at least one of its own tokens, unmasked, and never grows; texts are told apart by special
-    tokens and token types. Words of several tokens are not kept together. Several rates are applied in the order in
-    which they stand here, and what is masked is a share of what is left.
+    tokens and token types, and plans refuse pairs of a tokenizer that makes neither. Words of several tokens are not
+    kept together. Several rates are applied in the order in which they stand here, and what is masked is a share of
+    what is left.
 
     The default drops a tenth: it needs no mask token, and a tenth is the rate that the code of Wei & Zou 2019 (EDA,
     arXiv:1901.11196) has for each of its operations. Pretrained transformers gain less from such changes than models
@@ -69,17 +70,33 @@ class Augmentation:
         if not any(rates.values()):
             raise InputError(f"augment changes nothing: give one of {', '.join(rates)} a rate above 0, as drop: 0.1")
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse to mask without a mask token.
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False) -> None:
+        """Refuse to mask without a mask token, and to change text pairs whose border is nowhere to be seen.
+
+        Args:
+            tokenizer: The tokenizer.
+            pairs: Whether the rows are text pairs.
 
         Raises:
-            InputError: The tokenizer has none.
+            InputError: The tokenizer has no mask token, or puts nothing between the texts of a pair.
         """
         if self.mask and tokenizer.mask_token_id is None:
             raise InputError(
                 f"{type(tokenizer).__name__} has no mask token, so augment.mask cannot be. Use drop instead. "
                 f"Received: mask={self.mask}"
             )
+        if pairs and not _shows_pairs(tokenizer):
+            raise InputError(
+                f"{type(tokenizer).__name__} puts nothing between the two texts of a pair, so augment cannot tell "
+                "them apart: train without it, or join the texts with a special token in one column"
+            )
+
+
+def _shows_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether special tokens or token types tell where the second text of a pair begins."""
+    if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
+        return True
+    return len({*tokenizer("a", "b").get("token_type_ids", ())}) > 1
 
 
 DEFAULT_AUGMENTATION = Augmentation(drop=0.1)
@@ -114,7 +131,8 @@ class AugmentingCollator:
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change, wherever they run
         self._names = list(tokenizer.model_input_names)
         self._mask_id = tokenizer.mask_token_id
-        self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = np.array(sorted({*tokenizer.all_special_ids} | added), dtype=np.int64)
 
     def __call__(self, features: list[Any]) -> Any:
         """A batch."""

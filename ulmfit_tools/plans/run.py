@@ -104,7 +104,7 @@ def run_plan(
     for phase, its_args in zip(phases, phase_args, strict=True):
         _check_phase(phase, its_args, classifier, groups, data)
         if phase.augment is not None:
-            phase.augment.check_tokenizer(tokenizer)
+            phase.augment.check_tokenizer(tokenizer, pairs=len(data.text_columns) > 1)
     description = describe_run(
         plan.to_dict(),
         args.to_dict() | {"max_length": max_length},

@@ -169,6 +169,8 @@ def main():
         seen = train(options.folder / kind, kind, resume=options.resume, die_at=options.die_at)
         rank = os.environ.get("RANK", "0")
         (options.folder / kind / f"rank-{rank}.json").write_text(json.dumps(seen))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def main(folder: Path) -> None:
     found["resumed after a signal"] = differences(expected, outcome(trainer))
     found["checkpoints"] = [step_of(path) for path in list_checkpoints(folder / "stopped")]
     (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

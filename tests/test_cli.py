@@ -197,7 +197,6 @@ def test_resume_of_a_complete_run_does_nothing(trained, model, data):
         (["--dataset", "no_such.csv"], "no_such.csv"),
         (["--text_column", "txt"], "text"),
         (["--lr_scheduler_type", "slanted"], "slanted_triangular"),
-        (["--plot", "one.png", "--json", "./one.png"], "a file each"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
         (["--max_steps", "5"], "max_steps has no place"),
         (["--num_train_epochs", "-1"], "num_train_epochs"),

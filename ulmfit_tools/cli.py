@@ -285,13 +285,17 @@ def _overview() -> str:
 
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run one command and turn what a user can cause into one line and an exit code."""
+    from torch import distributed
     from transformers.utils import logging
 
     from ulmfit_tools.trainer import TrainingInterrupted
 
     logging.disable_progress_bar()  # those for files of weights, a line each; training has its own
     try:
-        return command(argv)
+        code = command(argv)
+        if distributed.is_initialized():  # left to the interpreter's end, it may abort a run that is done
+            distributed.destroy_process_group()
+        return code
     except InputError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2

@@ -179,10 +179,11 @@ def test_generators_that_nothing_leads_to_are_put_back():
 
     def collator():
         python, numpy, old = random.Random(1), np.random.default_rng(1), np.random.RandomState(1)
-        return lambda: (python.random(), numpy.random(), old.rand())
+        own = torch.Generator().manual_seed(1)
+        return lambda: (python.random(), numpy.random(), old.rand(), torch.rand(1, generator=own).item())
 
     draw, twin = collator(), collator()
-    with unchanged(nn.Linear(1, 1)) as rewind:
+    with unchanged(nn.Linear(1, 1), holders=[draw]) as rewind:
         first = draw()
         rewind()
         assert draw() == first

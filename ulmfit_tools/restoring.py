@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,9 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, DataLoader):  # its own attributes are those of its workers
         return [value.dataset, value.collate_fn, value.sampler, value.batch_sampler, value.generator]
     parts = [*vars(value).values()] if _is_plain(value) else []
+    if isinstance(value, FunctionType):  # of what is around it, only what `gc` does not know of: lists may be notes
+        around = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        parts += [each for each in around if isinstance(each, torch.Generator)]
     if isinstance(value, (dict, list, tuple, set, deque)) and len(value) <= _FEW:
         parts += value.values() if isinstance(value, dict) else value
     return parts

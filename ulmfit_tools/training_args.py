@@ -12,6 +12,15 @@ from ulmfit_tools.schedules import SCHEDULES, check_schedule
 _UPSTREAM = {upstream.name: upstream for upstream in fields(TrainingArguments)}
 
 
+class ScheduleName(str):
+    """The name of one of this package's schedules, with the `.value` that Trainer's model card reads of its own."""
+
+    @property
+    def value(self) -> str:
+        """The name as a plain string."""
+        return str(self)
+
+
 def _with_default(name: str, value: Any) -> Any:
     """The field of `TrainingArguments` with another default, so that its help and choices stay upstream's."""
     return field(default=value, metadata=dict(_UPSTREAM[name].metadata))
@@ -106,7 +115,7 @@ class ULMFiTTrainingArguments(TrainingArguments):
                 f"{self.lr_scheduler_kwargs!r}"
             )
         if name in SCHEDULES:
-            self.lr_scheduler_type = name
+            self.lr_scheduler_type = ScheduleName(name)
             self._check_schedule()
 
     def _check_rates(self) -> None:
@@ -115,6 +124,8 @@ class ULMFiTTrainingArguments(TrainingArguments):
         if len(given) > 1:
             raise InputError(f"{given[0]} says the rate of every layer group; leave out {' and '.join(given[1:])}.")
         if self.group_learning_rates is not None:
+            if not self.group_learning_rates:
+                raise InputError("group_learning_rates has a rate for each layer group. Received: []")
             default, last = _UPSTREAM["learning_rate"].default, self.group_learning_rates[-1]
             if self.learning_rate not in (default, last):
                 raise InputError(

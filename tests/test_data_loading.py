@@ -129,6 +129,12 @@ def test_json_lines_may_be_called_json_and_have_blank_lines(tmp_path):
     ]
 
 
+def test_fasttext_label_ends_at_any_space(tmp_path):
+    content = "__label__a\tgreat movie\n__label__b  two  spaces\n__label__a \tboth\n"
+    data = load_text_classification(write(tmp_path / "d.txt", content), validation_split=0)
+    assert pairs(data) == [("great movie", "a"), ("two  spaces", "b"), ("both", "a")]
+
+
 def test_other_columns_do_not_matter(tmp_path):
     rows = [{"id": i, "text": text, "label": label, "nested": {"a": [i]}} for i, (text, label) in enumerate(ROWS)]
     data = load_text_classification(write(tmp_path / "d.jsonl", rows), validation_split=0)
@@ -450,6 +456,7 @@ BAD_FILES = {
     "fasttext with two": ("d.txt", "__label__a one\n__label__a __label__b x\n", "d.txt line 2 must be one label"),
     "blank line in txt": ("d.txt", "__label__a one\n\n__label__b two\n", "d.txt line 2 is empty"),
     "fasttext without text": ("d.txt", "__label__a one\n__label__b\n", 'd.txt line 2: the text "text" is empty'),
+    "nested without end": ("d.json", "[" * 100_000, "d.json is not JSON: maximum recursion depth exceeded"),
     "class with one row": ("d.csv", "text,label\na,x\nb,x\nc,y\n", "A class with one row cannot be split"),
 }
 
@@ -522,6 +529,33 @@ def test_splits_must_agree(tmp_path):
 def test_bad_saved_dataset(tmp_path, columns, expected):
     Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     assert expected in refused(tmp_path / "saved", text_columns="text", label_column="label")
+
+
+def damage(folder: Path, form: str) -> None:
+    """Spoils the folder of a saved `DatasetDict`."""
+    if form == "empty split":
+        Dataset.from_dict({"text": [], "label": []}).save_to_disk(folder / "test")
+    elif form == "rows cut off":
+        (rows,) = (folder / "train").glob("*.arrow")
+        rows.write_bytes(rows.read_bytes()[:100])
+    elif form == "no rows":
+        next((folder / "train").glob("*.arrow")).unlink()
+    else:
+        (folder / "dataset_dict.json").write_text({"no json": "{", "no splits": "{}", "a list": "[]"}[form])
+
+
+@pytest.mark.parametrize("form", ["empty split", "rows cut off", "no rows", "no json", "no splits", "a list"])
+def test_damaged_saved_dataset(tmp_path, form):
+    saved = Dataset.from_list(WRITTEN)
+    DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
+    damage(tmp_path / "saved", form)
+    assert f"{tmp_path}/saved cannot be read as a save_to_disk folder" in refused(tmp_path / "saved")
+
+
+def test_a_state_file_alone_makes_no_saved_dataset(tmp_path):
+    write(tmp_path / "train.csv", WRITTEN)
+    write(tmp_path / "state.json", "{}")
+    assert pairs(load_text_classification(tmp_path, validation_split=0)) == ROWS
 
 
 # Evaluation and prediction ------------------------------------------------------------------------------------------

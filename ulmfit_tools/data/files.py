@@ -24,7 +24,7 @@ from ulmfit_tools.errors import InputError
 
 SAMPLE_ROWS = 1000
 QUIET_BYTES = 50_000_000  # smaller files are read before a progress bar could be of use
-CACHE_FORMAT = "1"  # part of the cache key: raise it when the readers give something else for the same file
+CACHE_FORMAT = "2"  # part of the cache key: raise it when the readers give something else for the same file
 
 
 def sample_rows(path: Path) -> dict[str, list[Any]]:

@@ -148,7 +148,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter for brackets a thousand deep
         raise InputError(f"{where} is not JSON: {error}. Give one JSON object a line, or a list of objects.") from None
 
 
@@ -168,7 +168,7 @@ def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not labelled:
                 yield number, {"text": text}
                 continue
-            label, _, text = text.partition(" ")
+            label, text = [*text.split(maxsplit=1), ""][:2]
             if not label.startswith(FASTTEXT_PREFIX) or text.startswith(FASTTEXT_PREFIX):
                 raise InputError(
                     f'{path.name} line {number} must be one label and a text, "{FASTTEXT_PREFIX}NAME text". '

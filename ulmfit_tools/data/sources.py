@@ -21,6 +21,7 @@ from ulmfit_tools.data.readers import EXTENSIONS, class_names, nearest_path, str
 from ulmfit_tools.errors import InputError
 
 STDLIB_DOCS = "stdlib-docs"
+SAVED_DATASET = ("state.json", "dataset_info.json")  # what `Dataset.save_to_disk` writes beside the rows
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
@@ -164,8 +165,8 @@ def open_source(source: str | Path, *, config_name: str | None = None, revision:
     if path.is_file():
         return _file_source(path)
     if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _dataset_source(load_from_disk(str(path)), path.name)
+        if (path / "dataset_dict.json").exists() or all((path / name).exists() for name in SAVED_DATASET):
+            return _dataset_source(_load_saved(path), path.name)
         return _folder_source(path)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and path.suffix.lower() not in EXTENSIONS:
         return _hub_source(str(source), config_name, revision)
@@ -181,6 +182,17 @@ def _file_source(path: Path) -> Source:
     if path.suffix.lower() not in EXTENSIONS:
         raise InputError(f"{path.name} is none of the formats that can be read: {', '.join(EXTENSIONS)}.")
     return Source({"train": FileSplit((path,))})
+
+
+def _load_saved(folder: Path) -> Dataset | DatasetDict:
+    """What `save_to_disk` wrote; `datasets` reads its files as they come, so that damaged ones raise almost anything."""
+    try:
+        return load_from_disk(str(folder))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"{folder} cannot be read as a save_to_disk folder: a file of it is damaged, or a split has no rows. Save "
+            f"it anew. {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _folder_source(folder: Path) -> Source:

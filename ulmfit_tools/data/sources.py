@@ -185,7 +185,7 @@ def _file_source(path: Path) -> Source:
 
 
 def _load_saved(folder: Path) -> Dataset | DatasetDict:
-    """What `save_to_disk` wrote; `datasets` reads its files as they come, so that damaged ones raise almost anything."""
+    """What `save_to_disk` wrote; `datasets` checks none of its files, so that damaged ones raise almost anything."""
     try:
         return load_from_disk(str(folder))
     except (OSError, ValueError, TypeError, LookupError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from ulmfit_tools.data import TextClassificationData
@@ -39,9 +40,15 @@ def print_data(data: TextClassificationData) -> None:
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     labels = ", ".join(data.label_names[:8]) + (", ..." if len(data.label_names) > 8 else "")
     console = _console()
-    console.print(f"[bold]{data.source}[/bold]: {sizes} rows; {len(data.label_names)} labels: {labels}")
-    for note in data.notes:
-        console.print(f"  {note}", style="dim", markup=False)
+    summary = f": {sizes} rows; {len(data.label_names)} labels: {labels}"
+    console.print(Text.assemble((data.source, "bold"), summary))
+    print_notes(data.notes)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What was decided for the user, a line each."""
+    for note in notes:
+        _console().print(f"  {note}", style="dim")
 
 
 def print_result(result: PlanResult, data: TextClassificationData) -> None:
@@ -126,6 +133,8 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 
 
 def _console() -> Console:
-    # A pipe has no width of its own: wide enough that no row of a log is folded.
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    """A console that prints texts, labels and paths as they are: brackets are no markup, `:smile:` is no emoji."""
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 150  # a pipe has no width of its own: wide enough that no row of a log is folded
+    return console

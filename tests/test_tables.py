@@ -1,0 +1,65 @@
+"""Tables in the terminal: what comes from the user is printed as it is."""
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tiny import tiny_bert
+
+from ulmfit_tools.data import TextClassificationData
+from ulmfit_tools.inference import Evaluation, Prediction
+from ulmfit_tools.layers import layer_groups
+from ulmfit_tools.plans import PhaseResult, PlanResult
+from ulmfit_tools.reporting.tables import (
+    print_data,
+    print_evaluation,
+    print_groups,
+    print_notes,
+    print_predictions,
+    print_result,
+)
+
+HARD = "[/cold] [blue] :smile: [b]x[/b]"  # to rich: an error, a style, a picture, and bold type
+DATA = TextClassificationData(
+    splits=DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "labels": [0, 1]})}),
+    text_columns=("text",),
+    label_names=[HARD, "other"],
+    fingerprint="",
+    source=f"source {HARD}.csv",
+    notes=[f"note {HARD}"],
+)
+PHASE = PhaseResult(
+    name=f"phase {HARD}", trains=("head",), learning_rate=1e-3, epochs=1.0, steps=3, seconds=1.0, metrics={}
+)
+SCORES = {"label": HARD, "precision": 1.0, "recall": 0.5, "f1": 0.667, "support": 2}
+PRINTED = {
+    "predictions": lambda: print_predictions([Prediction(f"text {HARD}", HARD, 0.5)]),
+    "evaluation": lambda: print_evaluation(Evaluation(f"split {HARD}", 2, {"accuracy": 0.5}, [SCORES])),
+    "data": lambda: print_data(DATA),
+    "notes": lambda: print_notes([f"note {HARD}"]),
+    "result": lambda: print_result(PlanResult(Path(f"run {HARD}"), f"plan {HARD}", [PHASE], {}, 1.0), DATA),
+}
+EXPECTED = {
+    "predictions": [f"text {HARD}", f" {HARD} "],
+    "evaluation": [f"split {HARD}: 2 rows", f" {HARD} "],
+    "data": [f"source {HARD}.csv: train 2 rows; 2 labels: {HARD}, other", f"  note {HARD}"],
+    "notes": [f"  note {HARD}"],
+    "result": [f"Plan 'plan {HARD}'", f" phase {HARD} ", f"The model is in run {HARD} (1 s of training)."],
+}
+
+
+@pytest.mark.parametrize("table", PRINTED)
+def test_brackets_and_colons_are_printed_as_they_are(table, capsys):
+    PRINTED[table]()
+    printed = capsys.readouterr().out
+    for text in EXPECTED[table]:
+        assert text in printed
+
+
+def test_groups_add_up_to_all_parameters(capsys):
+    model = tiny_bert(num_hidden_layers=2)
+    print_groups(model, layer_groups(model), [1e-5, 1e-4, 1e-3, 1e-2])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " all " in line]
+    assert f" {total:,} " in line
+    assert " 100.0% " in line

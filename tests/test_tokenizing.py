@@ -51,17 +51,20 @@ def test_token_type_ids_only_where_the_model_reads_them(data):
     assert tokenize(data, tokenizer)["test"].column_names == ["labels", "input_ids", "attention_mask", "length"]
 
 
-def test_long_rows_are_cut_and_counted(data):
+def test_long_rows_are_cut_counted_and_said(data, caplog):
     splits = tokenize(data, tiny_tokenizer(), max_length=6)
     texts = colour_texts(96, seed=0)
     cut = sum(len(text.split()) + 2 > 6 for text, _ in texts)
     assert 0 < cut < 96
     assert f"{cut} of 96 train texts are longer than 6 tokens and are cut." in data.notes
+    assert caplog.messages == [note for note in data.notes if "cut" in note]
+    caplog.clear()
     assert splits["train"]["length"][:] == [min(len(text.split()) + 2, 6) for text, _ in texts]
     assert "__cut__" not in splits["train"].column_names
     notes = list(data.notes)
     tokenize(data, tiny_tokenizer(), max_length=6)
     assert data.notes == notes
+    assert caplog.messages == []
 
 
 def test_a_row_that_just_fits_is_not_cut(tmp_path):

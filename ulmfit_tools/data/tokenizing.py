@@ -1,5 +1,6 @@
 """Texts as token ids, in batches and memory-mapped, with the length of each row for grouping."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ UNSET_LENGTH = 1_000_000  # a tokenizer without a limit of its own says 1e30
 DEFAULT_LENGTH = 512
 LENGTH_COLUMN = "length"  # TrainingArguments.length_column_name
 _CUT_COLUMN = "__cut__"
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(
@@ -30,7 +33,7 @@ def tokenize(
     several processes, let the main one go first (`TrainingArguments.main_process_first`).
 
     Args:
-        data: Loaded data. How many rows were cut is added to its notes.
+        data: Loaded data. How many rows were cut is said in the log, and added to its notes.
         tokenizer: The model's tokenizer.
         max_length: Tokens a row, special ones counted; longer rows are cut at the end, of a pair the longer text
             first. `None` is as many as the model reads.
@@ -62,6 +65,7 @@ def tokenize(
         note = f"{cut:,} of {len(split):,} {name} texts are longer than {limit} tokens and are cut."
         if cut and note not in data.notes:
             data.notes.append(note)
+            logger.warning(note)
     return tokenised.remove_columns(_CUT_COLUMN)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 
-from ulmfit_tools import LRCurve, cli
+from ulmfit_tools import InputError, LRCurve, cli, inference
 from ulmfit_tools.activation_store import Entry, build
 from ulmfit_tools.cli import main
 
@@ -57,6 +58,7 @@ def test_train_learns_and_leaves_a_model_folder(trained):
 def test_evaluate_agrees_with_the_run(trained, data, capsys, tmp_path):
     assert main(["evaluate", "--model", str(trained), "--dataset", data, "--json", str(tmp_path / "e.json")]) == 0
     table = capsys.readouterr().out
+    assert 'Label column: "label" (guessed' in table
     assert all(label in table for label in COLOURS)
     scores = json.loads((tmp_path / "e.json").read_text())
     recorded = json.loads((trained / "results.json").read_text())["metrics"]["test"]
@@ -83,6 +85,34 @@ def test_predict_text_file_and_output(trained, tmp_path, capsys):
     assert "is not a folder" in refused(capsys, "predict", "--model", "no/model", "--file", texts, "--output", nowhere)
 
 
+def test_predict_reads_the_columns_of_the_run(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "run")
+    record = {"data": {"text_columns": ["review"]}, "settings": {}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    both = write_csv(tmp_path / "both.csv", [("an id", "red sky")], header=("text", "review"))
+    flags = ["predict", "--model", str(tmp_path / "run"), "--file"]
+    assert main([*flags, str(both)]) == 0
+    printed = capsys.readouterr().out
+    assert "red sky" in printed
+    assert "guessed" not in printed
+    assert main([*flags, str(write_csv(tmp_path / "other.csv", [("blue sea",)], header=("comment",)))]) == 0
+    printed = capsys.readouterr().out
+    assert "blue sea" in printed
+    assert 'Text column: "comment" (guessed; --text_column says otherwise).' in printed
+    line = refused(capsys, *flags, both, "--text_column", "text,review")
+    assert "trained on single texts (review)" in line
+
+
+def test_predict_lets_a_model_run_code_of_its_own_where_told(capsys, monkeypatch):
+    def load(name, *, trust_remote_code):
+        raise InputError(f"trust_remote_code={trust_remote_code}")
+
+    monkeypatch.setattr(inference, "load_model_and_tokenizer", load)
+    flags = ["predict", "--model", "own/code", "--text", "red sky"]
+    assert "trust_remote_code=False" in refused(capsys, *flags)
+    assert "trust_remote_code=True" in refused(capsys, *flags, "--trust_remote_code")
+
+
 def test_groups_prints_every_group_with_its_rate(model, capsys):
     assert main(["groups", "--model", model, "--learning_rate", "1e-3", "--discriminative_factor", "10"]) == 0
     out = capsys.readouterr().out
@@ -100,7 +130,9 @@ def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
     assert main([*flags, "--num_steps", "60"]) == 0
     suggestion = LRCurve.from_json(curve.read_text()).suggestion
     assert 1e-7 < suggestion < 10
-    assert f"{suggestion:.2e}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{suggestion:.2e}" in printed
+    assert 'Text column: "text" (guessed' in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "exists already" in refused(capsys, *flags)
     assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
@@ -116,6 +148,14 @@ def test_lr_find_takes_what_train_takes(model, data, tmp_path, capsys):
     flags += ["--num_steps", "20", "--load_best_model_at_end", "true", "--push_to_hub", "true"]
     assert main([str(flag) for flag in flags]) == 0
     assert json.loads(curve.read_text())["loss_on"] == "evaluation"
+
+
+def test_lr_find_splits_as_it_is_told(model, tmp_path, capsys):
+    rare = write_csv(tmp_path / "rare.csv", [*colour_texts(96), ("the sky", "rare")])
+    flags = ["lr-find", "--model", model, "--dataset", str(rare), "--use_cpu", "--num_steps", "20"]
+    assert "set --validation_split 0 to train without" in refused(capsys, *flags)
+    assert main([*flags, "--validation_split", "0"]) == 0
+    assert "rare.csv: train 97 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

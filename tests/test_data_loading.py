@@ -588,15 +588,27 @@ def test_evaluation_refuses_unknown_labels_and_splits(tmp_path):
         load_for_evaluation(tmp_path, ["cold", "warm", "grey"], split="tests")
 
 
+def test_evaluation_prefers_the_columns_of_the_training(tmp_path):
+    rows = [{"text": "a text", "title": "a title", "label": "warm"}] * 2
+    path = write(tmp_path / "d.jsonl", rows)
+    assert load_for_evaluation(path, ["warm"]).text_columns == ("text",)
+    assert load_for_evaluation(path, ["warm"], trained_columns=["title"]).text_columns == ("title",)
+    assert load_for_evaluation(path, ["warm"], trained_columns=["title", "body"]).text_columns == ("text",)
+    given = load_for_evaluation(path, ["warm"], text_columns="text", trained_columns=["title"])
+    assert given.text_columns == ("text",)
+
+
 def test_read_texts(tmp_path):
-    assert read_texts(write(tmp_path / "t.txt", "one text\nanother, with comma\n\n")) == [
-        "one text",
-        "another, with comma",
-    ]
-    assert read_texts(write(tmp_path / "t.csv", WRITTEN)) == [text for text, _ in ROWS]
-    assert read_texts(write(tmp_path / "one.csv", "review\nfine\nNA\n")) == ["fine", "NA"]
-    rows = [{"a": "first one", "b": "second one"}]
-    assert read_texts(write(tmp_path / "p.jsonl", rows), "a,b") == [("first one", "second one")]
+    guessed = ['Text column: "text" (guessed; --text_column says otherwise).']
+    lines = write(tmp_path / "t.txt", "one text\nanother, with comma\n\n")
+    assert read_texts(lines) == (["one text", "another, with comma"], guessed)
+    assert read_texts(write(tmp_path / "t.csv", WRITTEN)) == ([text for text, _ in ROWS], guessed)
+    assert read_texts(write(tmp_path / "one.csv", "review\nfine\nNA\n"))[0] == ["fine", "NA"]
+    pair = write(tmp_path / "p.jsonl", [{"a": "first one", "b": "second one", "text": "third one"}])
+    assert read_texts(pair, "a,b") == ([("first one", "second one")], [])
+    assert read_texts(pair, trained_columns=["b", "a"]) == ([("second one", "first one")], [])
+    assert read_texts(pair, trained_columns=["b", "c"]) == (["third one"], guessed)
+    assert read_texts(pair, "b", trained_columns=["a"]) == (["second one"], [])
 
 
 def test_read_texts_refuses_in_one_line(tmp_path):

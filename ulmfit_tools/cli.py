@@ -57,7 +57,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
     plan = FineTuningPlan.load(flags.plan)
     data = load_text_classification(
         data_flags.dataset,
-        text_columns=_columns(data_flags.text_column),
+        text_columns=data_flags.text_column,
         label_column=data_flags.label_column,
         validation_split=flags.validation_split,
         seed=training.get("seed", 42),
@@ -102,7 +102,8 @@ def lr_find(argv: Sequence[str]) -> int:
     own = {f.name for c in (ModelFlags, DataFlags, RangeFlags) for f in dataclasses.fields(c)}
     names = ("start_lr", "end_lr", "num_steps", "mode", "confirm", "eval_batches")
     with TemporaryDirectory() as folder:
-        trainer = _range_trainer(model, data, {k: v for k, v in given.items() if k not in own}, folder)
+        training = {key: value for key, value in given.items() if key not in own}
+        trainer = _range_trainer(model, data, flags.validation_split, training, folder)
         curve = lr_range_test(trainer, **{name: getattr(flags, name) for name in names})
     if _main_process():
         print_lr_curve(curve)
@@ -113,11 +114,18 @@ def lr_find(argv: Sequence[str]) -> int:
     return 0
 
 
-def _range_trainer(model_flags: Any, data_flags: Any, training: Mapping[str, Any], folder: str) -> Any:
+def _range_trainer(
+    model_flags: Any,
+    data_flags: Any,
+    validation_split: float | None,
+    training: Mapping[str, Any],
+    folder: str,
+) -> Any:
     """The trainer that a range test is for; what it would evaluate, save, push and report is left out."""
     from transformers import DataCollatorWithPadding, set_seed
 
     from ulmfit_tools.data import ensure_padding, load_model_and_tokenizer, load_text_classification, tokenize
+    from ulmfit_tools.reporting.tables import print_data
     from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
     idle = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
@@ -129,10 +137,13 @@ def _range_trainer(model_flags: Any, data_flags: Any, training: Mapping[str, Any
     args.dataloader_pin_memory &= args.device.type != "cpu"
     data = load_text_classification(
         data_flags.dataset,
-        text_columns=_columns(data_flags.text_column),
+        text_columns=data_flags.text_column,
         label_column=data_flags.label_column,
+        validation_split=validation_split,
         seed=args.seed,
     )
+    if _main_process():
+        print_data(data)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(
         model_flags.model, label_names=data.label_names, trust_remote_code=model_flags.trust_remote_code
@@ -202,7 +213,7 @@ def evaluate(argv: Sequence[str]) -> int:
         model.model,
         data.dataset,
         split=flags.split,
-        text_columns=_columns(data.text_column),
+        text_columns=data.text_column,
         label_column=data.label_column,
         max_length=data.max_length,
         batch_size=flags.batch_size,
@@ -217,18 +228,27 @@ def evaluate(argv: Sequence[str]) -> int:
 def predict(argv: Sequence[str]) -> int:
     """Label texts with a fine-tuned model."""
     from ulmfit_tools.data import read_texts
-    from ulmfit_tools.inference import predict_texts
-    from ulmfit_tools.reporting.tables import print_predictions, write_predictions
+    from ulmfit_tools.inference import predict_texts, run_settings
+    from ulmfit_tools.reporting.tables import print_notes, print_predictions, write_predictions
 
-    given = parse("predict", [PredictFlags], argv, _first_line(predict))
-    flags = defaults(PredictFlags, given)
-    need("predict", flags, "model")
+    given = parse("predict", [ModelFlags, PredictFlags], argv, _first_line(predict))
+    model, flags = defaults(ModelFlags, given), defaults(PredictFlags, given)
+    need("predict", model, "model")
     if (flags.text is None) == (flags.file is None):
         raise InputError('predict needs texts: either --text "..." or --file texts.csv')
     if flags.output is not None:
         _check_new_file(flags.output)
-    texts = flags.text if flags.text is not None else read_texts(flags.file, text_columns=_columns(flags.text_column))
-    predictions = predict_texts(flags.model, texts, batch_size=flags.batch_size, max_length=flags.max_length)
+    texts: Any = flags.text
+    if flags.file is not None:
+        texts, notes = read_texts(flags.file, flags.text_column, run_settings(model.model).get("text_columns"))
+        print_notes(notes)
+    predictions = predict_texts(
+        model.model,
+        texts,
+        batch_size=flags.batch_size,
+        max_length=flags.max_length,
+        trust_remote_code=model.trust_remote_code,
+    )
     if flags.output is None:
         print_predictions(predictions)
     else:
@@ -255,10 +275,6 @@ def cache(argv: Sequence[str]) -> int:
 
 def _first_line(command: Callable) -> str:
     return (command.__doc__ or "").splitlines()[0]
-
-
-def _columns(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _main_process() -> bool:

@@ -19,6 +19,7 @@ def _help(text: str, default: Any = None) -> Any:
 
 
 _CONFIG = "YAML file with any of these flags; the command line wins over it."
+_VALIDATION_SPLIT = "Share of the training rows to validate on where no split is given. 0.1."
 
 
 @dataclass
@@ -50,7 +51,7 @@ class TrainFlags:
         "A shipped plan (baseline, chain_thaw, fastai_eight_steps, gradual_unfreezing) or a YAML file.",
         "gradual_unfreezing",
     )
-    validation_split: float | None = _help("Share of the training rows to validate on where no split is given. 0.1.")
+    validation_split: float | None = _help(_VALIDATION_SPLIT)
     resume: bool = _help("Go on with the run in --output_dir, or start it where there is none.", False)
     overwrite: bool = _help("Delete the run in --output_dir and start anew.", False)
     config: str | None = _help(_CONFIG)
@@ -68,6 +69,7 @@ class RangeFlags:
     eval_batches: int = _help(
         "Take the loss on this many batches of the validation split, not on the training batches.", 0
     )
+    validation_split: float | None = _help(_VALIDATION_SPLIT)
     plot: str | None = _help("Draw the curve into this picture file: .png, .pdf, .svg or what else matplotlib writes.")
     json: str | None = _help("Write the curve into this JSON file.")
     config: str | None = _help(_CONFIG)
@@ -104,10 +106,9 @@ class CacheFlags:
 class PredictFlags:
     """What `predict` has."""
 
-    model: str | None = _help("A run folder or any classifier's folder.")
     text: list[str] | None = _help("One or more texts.")
     file: str | None = _help("A file of texts: .txt (a text a line) .csv .tsv .json .jsonl .parquet.")
-    text_column: str | None = _help("Column of the text in the file. Guessed if clear.")
+    text_column: str | None = _help("Column of the text in the file, or two for text pairs. Default: the run's.")
     output: str | None = _help("Write a CSV file with text, label and score instead of a table.")
     batch_size: int = _help("Texts at a time.", 64)
     max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")

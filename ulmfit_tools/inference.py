@@ -1,8 +1,7 @@
 """Using a fine-tuned model: scores on a labelled dataset, labels for new texts."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from ulmfit_tools.data import (
     text_length_limit,
     tokenize,
 )
+from ulmfit_tools.errors import InputError
 from ulmfit_tools.metrics import classification_metrics, per_class_report
+from ulmfit_tools.plans.record import RunFolder
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Evaluation:
         rows: How many texts it has.
         metrics: accuracy, f1_macro, f1_weighted, mcc.
         per_class: For each label its precision, recall, f1 and support.
+        notes: What was guessed about the data, one line each, to be said aloud.
     """
 
     split: str
     rows: int
     metrics: dict[str, float]
     per_class: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def evaluate_model(
     dataset: str,
     *,
     split: str | None = None,
-    text_columns: Sequence[str] | None = None,
+    text_columns: str | Sequence[str] | None = None,
     label_column: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
@@ -65,7 +68,7 @@ def evaluate_model(
         model: A run folder, any classifier's folder or a Hub name.
         dataset: As for training.
         split: By default `test`, else `validation`, else the only one.
-        text_columns: Text column(s); by default those that the run was trained on.
+        text_columns: Text column(s); by default those that the run was trained on, else guessed.
         label_column: Label column; by default guessed.
         max_length: Cut texts to this many tokens; by default to the length of the run's training.
         batch_size: Texts at a time.
@@ -74,25 +77,26 @@ def evaluate_model(
     Raises:
         InputError: Bad input, or labels in the data that the model does not know.
     """
-    classifier, tokenizer = load_model_and_tokenizer(model, trust_remote_code=trust_remote_code)
+    classifier, tokenizer = _load_classifier(model, trust_remote_code)
     names = _label_names(classifier)
-    trained = _run_settings(model)
+    trained = run_settings(model)
     data = load_for_evaluation(
         dataset,
         names,
         split=split,
-        text_columns=text_columns or trained.get("text_columns"),
+        text_columns=text_columns,
+        trained_columns=trained.get("text_columns"),
         label_column=label_column,
     )
+    _require_trained_form(len(data.text_columns), trained)
+    notes = list(data.notes)  # without those of `tokenize`, which says them itself
     (split_name,) = data.splits
-    ensure_padding(tokenizer, classifier)
-    rows = tokenize(data, tokenizer, max_length=max_length or trained.get("max_length"), config=classifier.config)[
-        split_name
-    ]
+    limit = trained.get("max_length") if max_length is None else max_length
+    rows = tokenize(data, tokenizer, max_length=limit, config=classifier.config)[split_name]
     logits = predict_logits(classifier, tokenizer, rows, batch_size=batch_size)
     predicted, labels = logits.argmax(-1), np.asarray(rows["labels"])
     metrics = classification_metrics(EvalPrediction(logits, labels))
-    return Evaluation(split_name, len(rows), metrics, per_class_report(predicted, labels, names))
+    return Evaluation(split_name, len(rows), metrics, per_class_report(predicted, labels, names), notes)
 
 
 def predict_texts(
@@ -101,6 +105,7 @@ def predict_texts(
     *,
     batch_size: int = 64,
     max_length: int | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Prediction]:
     """The most probable label of each text, in the order of the texts.
 
@@ -109,11 +114,21 @@ def predict_texts(
         texts: The texts, or pairs of texts.
         batch_size: Texts at a time.
         max_length: Cut texts to this many tokens; by default to the length of the run's training.
+        trust_remote_code: Allow a Hub model to run its own code.
+
+    Raises:
+        InputError: Bad input, such as an empty text, or single texts for a run that was trained on pairs.
     """
-    classifier, tokenizer = load_model_and_tokenizer(model)
-    ensure_padding(tokenizer, classifier)
-    limit = text_length_limit(tokenizer, classifier.config, max_length or _run_settings(model).get("max_length"))
-    firsts, seconds = zip(*texts, strict=True) if isinstance(texts[0], tuple) else (texts, None)
+    pairs = isinstance(texts[0], tuple)
+    for number, text in enumerate(texts, start=1):
+        if not all(part.strip() for part in (text if isinstance(text, tuple) else (text,))):
+            raise InputError(f"Text {number} is empty. Leave it out or give it words. Received: {text!r}")
+    classifier, tokenizer = _load_classifier(model, trust_remote_code)
+    trained = run_settings(model)
+    _require_trained_form(2 if pairs else 1, trained)
+    limit = trained.get("max_length") if max_length is None else max_length
+    limit = text_length_limit(tokenizer, classifier.config, limit)
+    firsts, seconds = zip(*texts, strict=True) if pairs else (texts, None)
     encoded = tokenizer(list(firsts), seconds and list(seconds), truncation="longest_first", max_length=limit)
     rows = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
     logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size=batch_size))
@@ -131,7 +146,12 @@ def predict_logits(
     """Logits of tokenised rows, `(rows, labels)` in float32, in the order of the rows.
 
     Batches are made of texts of like length, so that little is spent on padding.
+
+    Raises:
+        InputError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch_size is how many texts go through the model at a time. Received: {batch_size}")
     device = PartialState().device
     model = model.to(device).eval()
     collate = DataCollatorWithPadding(tokenizer)
@@ -147,14 +167,40 @@ def predict_logits(
     return logits
 
 
+def _load_classifier(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that gives each text one label of several, and its tokenizer."""
+    model, tokenizer = load_model_and_tokenizer(name, trust_remote_code=trust_remote_code)
+    outputs, problem = len(_label_names(model)), model.config.problem_type
+    if outputs < 2 or problem not in (None, "single_label_classification"):
+        raise InputError(
+            f'Model "{name}" does not choose one label of several, which is what is scored and predicted here: it has '
+            f"num_labels={outputs}, problem_type={problem}. Use transformers.pipeline for it"
+        )
+    ensure_padding(tokenizer, model)
+    return model, tokenizer
+
+
+def _require_trained_form(columns: int, trained: Mapping[str, Any]) -> None:
+    """Refuses single texts for a run that was trained on pairs, and the other way round."""
+    names = trained.get("text_columns", ())
+    if names and len(names) != columns:
+        forms = {1: "single texts", 2: "text pairs"}
+        raise InputError(
+            f"The model was trained on {forms[len(names)]} ({', '.join(names)}), and this data is {forms[columns]}. "
+            f"Give a file, and name {'both columns, with a comma' if len(names) == 2 else 'the column'}, by "
+            "--text_column"
+        )
+
+
 def _label_names(model: PreTrainedModel) -> list[str]:
     return [name for _, name in sorted((int(index), name) for index, name in (model.config.id2label or {}).items())]
 
 
-def _run_settings(model: str) -> dict[str, Any]:
-    """What a run folder says about the data that it was trained on; nothing for any other model."""
-    record = Path(model) / "run.json"
-    if not record.is_file():
+def run_settings(model: str) -> dict[str, Any]:
+    """What a run folder says about its training: `text_columns` and `max_length`; nothing for any other model."""
+    folder = Path(model).expanduser()
+    values: Any = RunFolder(folder).read("run.json") if (folder / "run.json").is_file() else None
+    try:
+        return {"text_columns": values["data"]["text_columns"], "max_length": values["settings"].get("max_length")}
+    except (KeyError, TypeError):  # there is none, or it is another tool's
         return {}
-    values = json.loads(record.read_text(encoding="utf-8"))
-    return {"text_columns": values["data"]["text_columns"], "max_length": values["settings"].get("max_length")}

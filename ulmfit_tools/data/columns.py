@@ -69,6 +69,7 @@ def choose_columns(
     *,
     where: str,
     text_columns: str | Sequence[str] | None = None,
+    trained_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     with_label: bool = True,
 ) -> Columns:
@@ -78,6 +79,7 @@ def choose_columns(
         sample: The first rows as column name -> values.
         where: What to call the data in messages, such as `train.csv`.
         text_columns: The user's choice, if any.
+        trained_columns: Those that the model was trained on: taken where no choice is given and the data has them.
         label_column: The user's choice, if any.
         with_label: Whether a label column is wanted at all.
 
@@ -86,6 +88,8 @@ def choose_columns(
     """
     available = list(sample)
     given = parse_text_columns(text_columns, available)
+    if given is None and trained_columns is not None and set(trained_columns) <= set(available):
+        given = tuple(trained_columns)
     for name in [*(given or ()), *([label_column] if with_label and label_column is not None else [])]:
         require_column(name, available, where)
     notes = []

@@ -99,6 +99,7 @@ def load_for_evaluation(
     *,
     split: str | None = None,
     text_columns: str | Sequence[str] | None = None,
+    trained_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
@@ -110,6 +111,7 @@ def load_for_evaluation(
         label_names: The classes of the model, in the order of its outputs.
         split: `train`, `validation` or `test`; `None` takes `test`, else `validation`, else `train`.
         text_columns: As for `load_text_classification`.
+        trained_columns: Text columns that the model was trained on: taken before any guess where the data has them.
         label_column: As for `load_text_classification`.
         config_name: The configuration of a Hub dataset.
         revision: The revision of a Hub dataset.
@@ -127,7 +129,13 @@ def load_for_evaluation(
             f'{source} has no split "{name}". Splits: {", ".join(opened.splits)}.{nearest(name, opened.splits)}'
         )
     chosen = opened.splits[name]
-    columns = choose_columns(chosen.sample(), where=chosen.where, text_columns=text_columns, label_column=label_column)
+    columns = choose_columns(
+        chosen.sample(),
+        where=chosen.where,
+        text_columns=text_columns,
+        trained_columns=trained_columns,
+        label_column=label_column,
+    )
     assert columns.label is not None  # choose_columns was asked for one
     texts, labels = chosen.read(columns.text, columns.label)
     found = pc.unique(labels).to_pylist()
@@ -145,15 +153,21 @@ def load_for_evaluation(
     return _assembled(made, columns, list(label_names), str(source), notes)
 
 
-def read_texts(path: str | Path, text_columns: str | Sequence[str] | None = None) -> list[str] | list[tuple[str, str]]:
+def read_texts(
+    path: str | Path,
+    text_columns: str | Sequence[str] | None = None,
+    trained_columns: Sequence[str] | None = None,
+) -> tuple[list[str] | list[tuple[str, str]], list[str]]:
     """The texts of a file, without labels, to be classified.
 
     Args:
         path: A file in one of the formats of `load_text_classification`; a `.txt` file is one text a line.
         text_columns: The column, or two for text pairs; guessed if `None`.
+        trained_columns: As for `load_for_evaluation`.
 
     Returns:
-        The texts in the order of the file; pairs of texts where two columns were named.
+        The texts in the order of the file, pairs of texts where there are two columns; and what was guessed, one line
+        each, to be said aloud.
 
     Raises:
         InputError: The file is missing or broken, or a text is empty.
@@ -161,10 +175,16 @@ def read_texts(path: str | Path, text_columns: str | Sequence[str] | None = None
     if not Path(path).expanduser().is_file():
         raise InputError(f"There is no file {path}.{nearest_path(Path(path).expanduser())}")
     split = open_source(path).splits["train"]
-    columns = choose_columns(split.sample(), where=split.where, text_columns=text_columns, with_label=False)
+    columns = choose_columns(
+        split.sample(),
+        where=split.where,
+        text_columns=text_columns,
+        trained_columns=trained_columns,
+        with_label=False,
+    )
     texts, _ = split.read(columns.text, None)
     by_column = [list(texts[name]) for name in columns.text]
-    return by_column[0] if len(by_column) == 1 else list(zip(*by_column, strict=True))
+    return (by_column[0] if len(by_column) == 1 else list(zip(*by_column, strict=True))), list(columns.notes)
 
 
 def _require_train(opened: Source, source: str | Path, validation_split: float | None) -> None:

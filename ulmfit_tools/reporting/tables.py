@@ -100,7 +100,8 @@ def _phase_row(phase: PhaseResult) -> list[str]:
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """Overall scores and each class by itself."""
+    """What was guessed, overall scores and each class by itself."""
+    print_notes(result.notes)
     table = Table(title=f"{result.split}: {result.rows:,} rows")
     table.add_column("label")
     for name in ("precision", "recall", "F1", "rows"):

@@ -23,6 +23,7 @@ NUMBERS = list(range(20))
         # Pairs.
         ({"premise": SENTENCES, "hypothesis": SENTENCES, "label": CLASSES}, ("premise", "hypothesis"), "label"),
         ({"question": SENTENCES, "sentence": SENTENCES, "label": CLASSES}, ("question", "sentence"), "label"),
+        ({"Hypothesis": SENTENCES, "Premise": SENTENCES, "y": CLASSES}, ("Premise", "Hypothesis"), "y"),
         ({"premise": SENTENCES, "text": SENTENCES, "hypothesis": SENTENCES, "y": CLASSES}, ("text",), "y"),
         # By type: the only strings, the only sentences; the only column that repeats its values.
         ({"id": NUMBERS, "remark": WORDS, "y": CLASSES}, ("remark",), "y"),
@@ -43,6 +44,9 @@ def test_one_sensible_choice(sample, text, label):
     [
         ({"text": SENTENCES, "coarse_label": CLASSES, "fine_label": CLASSES}, "label: coarse_label, fine_label"),
         ({"text": SENTENCES, "intent": CLASSES, "topic": CLASSES}, "label: intent, topic"),
+        ({"text": SENTENCES, "label": CLASSES, "Label": CLASSES}, "label: label, Label"),
+        ({"text": SENTENCES, "Text": SENTENCES, "label": CLASSES}, "text: text, Text"),
+        ({"text1": SENTENCES, "text2": SENTENCES, "Text2": SENTENCES, "y": CLASSES}, "text: text1, text2, Text2"),
         ({"text": SENTENCES, "mood": CLASSES, "size": CLASSES}, "label: mood, size"),
         ({"text": SENTENCES, "id": NUMBERS}, "surely the label. Columns: text, id"),
         ({"review": SENTENCES, "content": SENTENCES, "label": CLASSES}, "text: review, content"),

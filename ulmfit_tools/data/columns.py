@@ -118,13 +118,12 @@ def require_column(name: str, available: Sequence[str], where: str) -> None:
 
 def _guess_text(sample: Mapping[str, Sequence[Any]], *, taken: str | None, where: str) -> tuple[str, ...]:
     strings = [name for name in sample if name != taken and _is_text(sample[name])]
-    by_lower = {name.lower(): name for name in strings}
-    if "text" in by_lower:
-        return (by_lower["text"],)
-    for pair in TEXT_PAIRS:
-        if all(name in by_lower for name in pair):
-            return tuple(by_lower[name] for name in pair)
-    found = _first_tier(by_lower, TEXT_NAMES)
+    found = _first_tier(strings, TEXT_NAMES[:1])
+    for pair in () if found else TEXT_PAIRS:
+        both = sorted((name for name in strings if name.lower() in pair), key=lambda name: pair.index(name.lower()))
+        if tuple(map(str.lower, both)) == pair:
+            return tuple(both)
+    found = found or _first_tier(strings, TEXT_NAMES[1:])
     if not found:
         # By type: the only column of strings, or the only one whose values look like sentences.
         found = strings if len(strings) == 1 else [name for name in strings if _looks_like_sentences(sample[name])]
@@ -138,10 +137,9 @@ def _guess_text(sample: Mapping[str, Sequence[Any]], *, taken: str | None, where
 
 def _guess_label(sample: Mapping[str, Sequence[Any]], *, taken: Sequence[str], where: str) -> str:
     names = [name for name in sample if name not in taken and _is_scalar(sample[name])]
-    by_lower = {name.lower(): name for name in names}
-    found = _first_tier(by_lower, LABEL_NAMES)
+    found = _first_tier(names, LABEL_NAMES)
     if not found:
-        found = [name for lower, name in by_lower.items() if {"label", "class", "category"} & set(lower.split("_"))]
+        found = [name for name in names if {"label", "class", "category"} & set(name.lower().split("_"))]
     if not found:
         surely_text = TEXT_NAMES[0] | TEXT_NAMES[1]
         found = [name for name in names if name.lower() not in surely_text and _has_few_values(sample[name])]
@@ -155,9 +153,9 @@ def _guess_label(sample: Mapping[str, Sequence[Any]], *, taken: Sequence[str], w
     raise InputError(f"No column of {where} is surely the label. Columns: {_listed(list(sample))}. {flag}.")
 
 
-def _first_tier(by_lower: Mapping[str, str], tiers: Sequence[frozenset[str]]) -> list[str]:
+def _first_tier(names: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[str]:
     for tier in tiers:
-        found = [name for lower, name in by_lower.items() if lower in tier]
+        found = [name for name in names if name.lower() in tier]
         if found:
             return found
     return []

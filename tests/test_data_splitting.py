@@ -79,6 +79,17 @@ def test_a_group_of_two_labels_counts_for_its_first():
         assert ({0, 1} <= set(kept)) or ({0, 1} <= set(held_out))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_class_within_groups_of_another_keeps_a_row(seed):
+    # Label 1 has two rows, each a copy of a text of label 0: with nine of ten held out, both would mostly be.
+    labels = [0] * 10 + [1, 1]
+    kept, held_out = stratified_split(labels, 0.9, seed, [*range(10), 0, 1])
+    assert set(np.asarray(labels)[kept]) == {0, 1}
+    assert sorted([*kept, *held_out]) == list(range(12))
+    for copies in ({0, 10}, {1, 11}):
+        assert copies <= set(kept) or copies <= set(held_out)
+
+
 def test_a_class_with_one_row_is_named():
     with pytest.raises(InputError, match=r"one row cannot be split into training and validation: b, c\."):
         stratified_split([0, 0, 1, 2], 0.5, 0, label_names=["a", "b", "c"])

@@ -22,7 +22,8 @@ def stratified_split(
 
     Of a class with n rows, round(fraction * n) are held out, but at least one and never all. Rows of one group stay
     on one side, so that a held-out text has no copy among those kept; a class whose rows are all one group is kept
-    whole. A group whose rows differ in label counts for the label of its first row.
+    whole. A group whose rows differ in label counts for the label of its first row; where all rows of another label
+    would be held out with such groups, the first of these is kept.
 
     Args:
         labels: The class of each row, shape (rows,).
@@ -53,6 +54,8 @@ def stratified_split(
         candidates = np.flatnonzero(label_of_group == label)
         order = np.argsort(stream.random_raw(len(candidates)), kind="stable")
         held_out[_draw(candidates[order], group_sizes, fraction)] = True
+    for label in np.setdiff1d(labels, labels[~held_out[group_of]]):
+        held_out[group_of[np.argmax(labels == label)]] = False
     return np.flatnonzero(~held_out[group_of]), np.flatnonzero(held_out[group_of])
 
 

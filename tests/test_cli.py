@@ -238,6 +238,7 @@ def test_resume_of_a_complete_run_does_nothing(trained, model, data):
         (["--text_column", "txt"], "text"),
         (["--lr_scheduler_type", "slanted"], "slanted_triangular"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["--config"], "argument --config: expected one argument"),
         (["--max_steps", "5"], "max_steps has no place"),
         (["--num_train_epochs", "-1"], "num_train_epochs"),
     ],

@@ -73,6 +73,7 @@ def test_one_rate_for_each_group():
         (1e-3, -1, "Received: factor=-1"),
         (1e-3, 0.85, r"a layer decay of 0\.85 is factor=1\.18\). Received: factor=0.85"),
         (1e-3, math.inf, "Received: factor=inf"),
+        (1e-3, 1e200, "factor is too large for 4 layer groups.*Received: factor=1e\\+200"),
         (1e-3, "2.6", "Received: factor=2.6"),
         ((1e-5, 1e-3), 2.6, "factor goes with a single learning_rate.*Received: factor=2.6"),
         ((1e-3, 1e-5), None, "from the low rate to the high one"),

@@ -146,7 +146,7 @@ def config_flags(argv: Sequence[str]) -> list[str]:
     from ulmfit_tools.plans.files import read_yaml
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", nargs="?")  # that it lacks its file is said by `parse`, in one line
     path = finder.parse_known_args(list(argv))[0].config
     return [] if path is None else as_flags(read_yaml(Path(path)))
 

@@ -90,7 +90,13 @@ def _decayed(num_groups: int, learning_rate: float, factor: float | None) -> lis
             "factor must be at least 1: each earlier group's rate is the next one's divided by it "
             f"(a layer decay of 0.85 is factor=1.18). Received: factor={factor}"
         )
-    return [learning_rate / factor**distance for distance in reversed(range(num_groups))]
+    try:
+        return [learning_rate / factor**distance for distance in reversed(range(num_groups))]
+    except OverflowError:
+        raise InputError(
+            f"factor is too large for {num_groups} layer groups: no number holds the first one's rate. Received: "
+            f"factor={factor}"
+        ) from None
 
 
 def _spaced(num_groups: int, low: float, high: float) -> list[float]:

@@ -62,7 +62,7 @@ def test_single_file(name):
     split = load_text_classification(DATA / name, label_column=label_column)
     assert list(whole.splits) == ["train"]
     assert sum(map(len, split.splits.values())) == len(whole.splits["train"])
-    assert read_texts(DATA / name, whole.text_columns) == whole.splits["train"][whole.text_columns[0]][:]
+    assert read_texts(DATA / name, whole.text_columns)[0] == whole.splits["train"][whole.text_columns[0]][:]
 
 
 def test_no_validation_text_is_a_training_text():

@@ -6,6 +6,7 @@ import json
 import pickle
 
 import pytest
+import yaml
 from tiny import tiny_bert, token_rows
 from transformers import HfArgumentParser
 
@@ -34,6 +35,7 @@ def test_a_schedule_has_its_value_however_the_arguments_travel(name):
     travelled = {
         "flags": args,
         "dictionary": ULMFiTTrainingArguments(**args.to_dict()),
+        "yaml": ULMFiTTrainingArguments(**yaml.safe_load(yaml.safe_dump(args.to_dict()))),
         "json": parser.parse_dict(written)[0],
         "replaced": dataclasses.replace(args, seed=7),
         "copied": copy.deepcopy(args),

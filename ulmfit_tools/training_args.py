@@ -92,6 +92,10 @@ class ULMFiTTrainingArguments(TrainingArguments):
         assert not isinstance(self.lr_scheduler_kwargs, str)
         return self.lr_scheduler_kwargs or {}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As upstream's, with the schedule's name as a plain string, which YAML can write too."""
+        return super().to_dict() | {"lr_scheduler_type": self.schedule_name}
+
     def __post_init__(self) -> None:
         self._check_rates()
         if self.enable_jit_checkpoint:

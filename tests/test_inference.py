@@ -102,6 +102,12 @@ def test_an_empty_text_is_refused(folder, text):
         predict_texts(str(folder), [("a", "b") if isinstance(text, tuple) else "a", text])
 
 
+def test_bytes_that_are_no_utf8_are_refused(folder):
+    assert len(predict_texts(str(folder), ["caf\u00e9 \U0001f600"])) == 1
+    with pytest.raises(InputError, match=r"Text 2 has characters that are not Unicode.*'caf\\udce9'"):
+        predict_texts(str(folder), ["sky", "caf\udce9"])  # as Python reads an argument in latin-1
+
+
 @pytest.mark.parametrize(
     ("biases", "config", "received"),
     [

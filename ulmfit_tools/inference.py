@@ -119,10 +119,8 @@ def predict_texts(
     Raises:
         InputError: Bad input, such as an empty text, or single texts for a run that was trained on pairs.
     """
+    _check_texts(texts)
     pairs = isinstance(texts[0], tuple)
-    for number, text in enumerate(texts, start=1):
-        if not all(part.strip() for part in (text if isinstance(text, tuple) else (text,))):
-            raise InputError(f"Text {number} is empty. Leave it out or give it words. Received: {text!r}")
     classifier, tokenizer = _load_classifier(model, trust_remote_code)
     trained = run_settings(model)
     _require_trained_form(2 if pairs else 1, trained)
@@ -151,7 +149,7 @@ def predict_logits(
         InputError: `batch_size` is below 1.
     """
     if batch_size < 1:
-        raise InputError(f"--batch_size is how many texts go through the model at a time. Received: {batch_size}")
+        raise InputError(f"--batch_size must be at least 1, the texts at a time. Received: {batch_size}")
     device = PartialState().device
     model = model.to(device).eval()
     collate = DataCollatorWithPadding(tokenizer)
@@ -178,6 +176,15 @@ def _load_classifier(name: str, trust_remote_code: bool) -> tuple[PreTrainedMode
         )
     ensure_padding(tokenizer, model)
     return model, tokenizer
+
+
+def _check_texts(texts: Sequence[str] | Sequence[tuple[str, str]]) -> None:
+    for number, text in enumerate(texts, start=1):
+        for part in text if isinstance(text, tuple) else (text,):
+            if not part.strip():
+                raise InputError(f"Text {number} is empty. Leave it out or give it words. Received: {text!r}")
+            if not part.isascii() and part != part.encode(errors="ignore").decode():  # from a terminal not in UTF-8
+                raise InputError(f"Text {number} has characters that are not Unicode: give UTF-8. Received: {text!r}")
 
 
 def _require_trained_form(columns: int, trained: Mapping[str, Any]) -> None:

@@ -5,11 +5,13 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
+from tiny import tiny_bert
+from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, tiny_tokenizer, write_csv
 from transformers import TrainerCallback, pipeline
 
 from ulmfit_tools import FineTuningPlan, InputError, LRCurve, Phase, UntilOverfit, load_text_classification, run_plan
@@ -341,17 +343,11 @@ def test_best_needs_a_validation_split(model, tmp_path):
 
 
 def test_model_object_with_other_label_count_is_refused(data, tmp_path):
-    from tiny import tiny_bert
-    from tiny_text import tiny_tokenizer
-
     with pytest.raises(InputError, match="5 labels and the data 3"):
         run(TWO_PHASES, tiny_bert(num_labels=5), data, tmp_path / "run", tokenizer=tiny_tokenizer())
 
 
 def test_model_object_runs(data, tmp_path):
-    from tiny import tiny_bert
-    from tiny_text import tiny_tokenizer
-
     bert = tiny_bert(num_labels=3)
     plan = FineTuningPlan(name="x", phases=[Phase(name="a", train="head", steps=2, learning_rate=1e-3)])
     result = run(plan, bert, data, tmp_path / "run", tokenizer=tiny_tokenizer())
@@ -403,8 +399,6 @@ def test_phase_whose_checkpoints_are_all_damaged_starts_anew(whole, model, data,
 
 def test_a_phase_without_trainable_parameters_is_refused(data, tmp_path):
     from peft import LoraConfig, get_peft_model
-    from tiny import tiny_bert
-    from tiny_text import tiny_tokenizer
 
     bert = get_peft_model(tiny_bert(num_labels=3), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     plan = FineTuningPlan(name="x", phases=[Phase(name="low", train=["embeddings"], steps=1)])
@@ -415,8 +409,6 @@ def test_a_phase_without_trainable_parameters_is_refused(data, tmp_path):
 
 def test_adapters_train_by_depth_and_resume(data, tmp_path):
     from peft import LoraConfig, get_peft_model
-    from tiny import tiny_bert
-    from tiny_text import tiny_tokenizer
 
     def adapted():
         torch.manual_seed(0)
@@ -590,9 +582,6 @@ def test_augmented_phases_resume_in_mid_epoch_and_are_evaluated_on_the_texts_as_
 
 
 def test_masking_without_a_mask_token_is_refused_before_anything_is_written(data, tmp_path):
-    from tiny import tiny_bert
-    from tiny_text import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
     plan = FineTuningPlan(name="x", phases=[
@@ -621,3 +610,64 @@ def test_a_later_range_test_that_has_too_few_rows_is_refused_before_the_first_ph
     with pytest.raises(InputError, match="smaller than one batch of 1000"):
         run(plan, model, data, tmp_path / "run", per_device_train_batch_size=1000)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is at least 1. Received: 0"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers is at least 0. Received: -1"),
+        ({"seed": -1}, "--seed is at least 0. Received: -1"),
+        ({"adam_beta1": 2.0}, "Invalid beta parameter"),
+        ({"report_to": "no_such"}, "no_such is not supported"),
+        ({"fsdp": "full_shard"}, "fsdp only works in distributed training"),
+        ({"deepspeed": "no_such.json"}, "deepspeed"),
+        ({"push_to_hub": True}, "hf upload NAME RUN_DIR"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+    ],
+)
+def test_what_no_trainer_would_take_is_refused_before_anything_is_written(model, data, tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        run(TWO_PHASES, model, data, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+class NotesPrecision(TrainerCallback):
+    """What the head puts out in training, phase by phase."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        seen = self.seen.setdefault(Path(args.output_dir).name, set())
+        self.hook = model.classifier.register_forward_hook(lambda head, inputs, output: seen.add(output.dtype))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+
+def test_every_phase_has_the_mixed_precision_that_was_asked_for(model, data, tmp_path):
+    """Also one that is resumed, where the model has just been made: the same bits."""
+    notes = NotesPrecision()
+    run(TWO_PHASES, model, data, tmp_path / "whole", bf16=True, callbacks=[notes])
+    assert notes.seen == {"01-head": {torch.bfloat16}, "02-all": {torch.bfloat16}}
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, tmp_path / "run", bf16=True, callbacks=[StopAt("02-all", 9)])
+    run(TWO_PHASES, model, data, tmp_path / "run", bf16=True, resume=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_model_object_comes_back_bare_and_as_trainable_as_it_was(data, tmp_path):
+    own = tiny_bert(num_labels=3)
+    own.bert.embeddings.requires_grad_(False)
+    plan = FineTuningPlan(name="x", phases=[Phase(name="head", train="head", steps=1)])
+    run(plan, own, data, tmp_path / "run", tokenizer=tiny_tokenizer(), bf16=True)
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(own).keys()
+    assert {name for name, p in own.named_parameters() if not p.requires_grad} == {
+        f"bert.embeddings.{name}" for name, _ in own.bert.embeddings.named_parameters()
+    }
+
+
+def test_paths_need_not_be_strings(whole, model, data, tmp_path):
+    again = run(TWO_PHASES, Path(model), Path(data), tmp_path / "run")
+    assert again.metrics == whole.metrics

@@ -227,8 +227,19 @@ def trains(job: Job, phase: Phase) -> tuple[tuple[str, ...], str]:
 
 
 def release(trainer: ULMFiTTrainer) -> None:
-    """Undo what Accelerate wrapped around the model, so that the next phase is prepared from the bare one."""
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    """Undo what Accelerate did to the model, so that the next phase is prepared from the bare one.
+
+    Accelerate takes a model that bears its mark for prepared: the next phase would train without autocast. And its own
+    way back takes the decorators of the class's `forward` off as well.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    own = vars(model)
+    own.pop("_is_accelerate_prepared", None)
+    original = own.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if model.forward != original:  # not the class's: the user's
+            model.forward = original
     trainer.accelerator.free_memory()
 
 

@@ -83,8 +83,10 @@ def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool
 
     Raises:
         InputError: The folder holds another run, or other files, and neither `resume` nor `overwrite` was given;
-            or `resume` was and the plan, settings, dataset, model or number of processes differ.
+            or `resume` was and the plan, settings, dataset, model or number of processes differ; or both were.
     """
+    if resume and overwrite:
+        raise InputError("--resume goes on with the run in a folder and --overwrite deletes it: give one of them")
     old = folder.read("run.json")
     if overwrite:
         return

@@ -1,9 +1,11 @@
 """Running a plan: its phases in order, each in its own folder, recorded so that the same call goes on anywhere."""
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,8 +51,8 @@ logger = logging.get_logger(__name__)
 def run_plan(
     plan: str | Path | FineTuningPlan,
     *,
-    model: str | PreTrainedModel,
-    data: str | TextClassificationData,
+    model: str | Path | PreTrainedModel,
+    data: str | Path | TextClassificationData,
     output_dir: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
@@ -92,8 +94,8 @@ def run_plan(
     plan = plan if isinstance(plan, FineTuningPlan) else FineTuningPlan.load(plan)
     args = run_arguments(plan, output_dir, training_arguments)
     folder = RunFolder(Path(output_dir))
-    if isinstance(data, str):
-        data = load_text_classification(data, seed=args.seed)
+    if isinstance(data, (str, Path)):
+        data = load_text_classification(str(data), seed=args.seed)
     classifier, tokenizer, model_name = _get_model(model, tokenizer, data, args, trust_remote_code)
     groups = layer_groups(classifier)
     phases = plan.expand(groups.names)
@@ -125,17 +127,23 @@ def run_plan(
     if finished is not None:
         logger.warning(f"The run in {folder.path} is complete: nothing to do.")
         return PlanResult.from_dict(folder.path, finished)
+    _try_trainer(classifier, phase_args[0])
     if state.is_main_process:
         start_folder(folder, description, overwrite=overwrite)
     state.wait_for_everyone()
     with state.main_process_first():  # the others read what it left in the cache
         splits = tokenize(data, tokenizer, max_length=max_length, config=classifier.config)
     job = Job(classifier, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks)
-    return _run_phases(job, plan.name)
+    trainable = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
+    try:
+        return _run_phases(job, plan.name)
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 def _get_model(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     data: TextClassificationData,
     args: ULMFiTTrainingArguments,
@@ -143,12 +151,12 @@ def _get_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The model, its tokenizer and its name; the head of a named model is drawn from the run's seed."""
     set_seed(args.seed)
-    if isinstance(model, str):
+    if isinstance(model, (str, Path)):
         loaded, tokenizer = load_model_and_tokenizer(
-            model, label_names=data.label_names, trust_remote_code=trust_remote_code
+            str(model), label_names=data.label_names, trust_remote_code=trust_remote_code
         )
         ensure_padding(tokenizer, loaded)
-        return loaded, tokenizer, model
+        return loaded, tokenizer, str(model)
     if tokenizer is None:
         raise InputError(
             "A model object needs its tokenizer beside it: run_plan(..., model=model, tokenizer=tokenizer)"
@@ -173,6 +181,20 @@ def _check_phase(phase: Phase, args: ULMFiTTrainingArguments, model: Any, groups
     check_optimizer(args, len(groups))
     if phase.learning_rate == "auto":
         check_rows(len(data.splits["train"]), args)
+
+
+def _try_trainer(model: PreTrainedModel, args: ULMFiTTrainingArguments) -> None:
+    """Whatever transformers, Accelerate and the optimizer refuse, they refuse before the run's folder is written to.
+
+    Raises:
+        InputError: They do; in their words.
+    """
+    idle: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    with TemporaryDirectory() as elsewhere:
+        try:
+            ULMFiTTrainer(model, dataclasses.replace(args, output_dir=elsewhere, **idle)).create_optimizer()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"Training arguments: {' '.join(str(error).split())}") from error
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -230,4 +252,5 @@ def _finish(job: Job, plan_name: str, trainer: ULMFiTTrainer, results: list[Phas
         last = len(job.phases) - 1
         shutil.rmtree(job.folder.phase_folder(last, job.phases[last].name) / "model", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    release(trainer)
     return result

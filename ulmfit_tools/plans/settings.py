@@ -27,11 +27,21 @@ _MANAGED = {
     "do_predict": "the predict command predicts",
     "remove_unused_columns": "the columns are those that the model reads",
     "ignore_data_skip": "a resumed run would see other data",
+    "push_to_hub": "the run folder is an ordinary model folder: when it is done, hf upload NAME RUN_DIR",
     "auto_find_batch_size": "a run whose batch size changes cannot be resumed to the bit",
 }
 
 # By what `keep: best` may go; the loss unless told otherwise.
 _BEST_BY = ("loss", "accuracy", "f1_macro", "f1_weighted", "mcc")
+
+# The least that an argument may be, where transformers finds out late or never.
+_LEAST = {
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
 
 # Arguments that serve only the phases that name none of their own: argument -> the phase's keys that replace it.
 _PHASE_KEYS = {
@@ -70,8 +80,11 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
         _refuse_unused(plan, key)
     try:
         args = ULMFiTTrainingArguments(**{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    for key, least in _LEAST.items():
+        if getattr(args, key) < least:
+            raise InputError(f"--{key} is at least {least}. Received: {getattr(args, key)}")
     for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if not getattr(args, key) > 0:
             raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")

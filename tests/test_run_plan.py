@@ -671,3 +671,42 @@ def test_a_model_object_comes_back_bare_and_as_trainable_as_it_was(data, tmp_pat
 def test_paths_need_not_be_strings(whole, model, data, tmp_path):
     again = run(TWO_PHASES, Path(model), Path(data), tmp_path / "run")
     assert again.metrics == whole.metrics
+
+
+def test_overwrite_takes_what_is_the_old_runs_alone(model, data, tmp_path):
+    """Another run's adapter would be loaded on top of the new weights; what no run made is not ours."""
+    folder, idle = tmp_path / "run", FineTuningPlan(name="y", phases=[Phase(name="z", steps=1)])
+    (folder / "phases").mkdir(parents=True)
+    for name in ("phases/mine.txt", "results.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="--overwrite to write into it"):
+        run(idle, model, data, folder)
+    run(idle, model, data, folder, overwrite=True)
+    assert (folder / "phases/mine.txt").exists()
+    run(idle, model, data, folder, overwrite=True)
+    assert not (folder / "phases/mine.txt").exists()
+    assert not (folder / "adapter_config.json").exists()
+    assert (folder / "notes.txt").exists()
+
+
+def test_keeping_the_best_without_evaluations_is_refused(model, data, tmp_path):
+    plan = FineTuningPlan(name="x", phases=[Phase(name="x", epochs=1, keep="best")])
+    with pytest.raises(InputError, match="Received: eval_strategy=no"):
+        run(plan, model, data, tmp_path / "run", eval_strategy="no")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{"learning_rate_low": 1e-6}, {"group_learning_rates": [1e-5] * 8}])
+def test_rates_of_the_groups_replace_the_plans_factor(given, tmp_path):
+    args = run_arguments(FineTuningPlan.load("baseline"), tmp_path, given)
+    assert args.discriminative_factor is None
+    assert run_arguments(FineTuningPlan.load("baseline"), tmp_path, {}).discriminative_factor == 1
+
+
+def test_cycles_of_the_runs_own_schedule_are_counted(model, data, tmp_path):
+    """Overfit at its second evaluation, were it not for the cycle of 1 + 2 epochs that it is in."""
+    phase = Phase(name="x", learning_rate=1e-30, until_overfit=UntilOverfit(patience=1, max_epochs=4))
+    settings = {"lr_scheduler_type": "sgdr", "lr_scheduler_kwargs": {"cycle_len": 1, "cycle_mult": 2}}
+    plan = FineTuningPlan(name="x", settings=settings, phases=[phase])
+    assert run(plan, model, data, tmp_path / "run").phases[0].epochs == 3

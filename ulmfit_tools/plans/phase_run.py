@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
     callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
     if phase.until_overfit is not None:
         until = phase.until_overfit
-        cycles = _cycles(phase) if phase.schedule == "sgdr" else None
+        cycles = _cycles(args.schedule_settings) if args.schedule_name == "sgdr" else None
         callbacks.append(StopWhenOverfit(patience=until.patience, min_delta=until.min_delta, cycles=cycles))
     return ULMFiTTrainer(
         model=job.model,
@@ -66,9 +66,8 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
     )
 
 
-def _cycles(phase: Phase) -> Cycles:
-    """The cycles of a phase on SGDR; its settings are those of `schedules.get_schedule`."""
-    settings = phase.schedule_settings
+def _cycles(settings: Mapping[str, Any]) -> Cycles:
+    """The cycles of SGDR with these settings, which are those of `schedules.get_schedule`."""
     mult = settings.get("cycle_mult", 1)
     if "cycle_steps" in settings:
         return Cycles(length=settings["cycle_steps"], mult=mult, unit="step")

@@ -12,13 +12,12 @@ RUN_DIR/
 import json
 import os
 import platform
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ulmfit_tools.checkpoints import STAGING, write_json
+from ulmfit_tools.checkpoints import STAGING, delete_folder, write_json
 from ulmfit_tools.errors import InputError
 
 _LIBRARIES = ("ulmfit_tools", "torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
@@ -131,11 +130,19 @@ def _short(value: Any) -> str:
 
 
 def start_folder(folder: RunFolder, description: dict[str, Any], *, overwrite: bool) -> None:
-    """Write `run.json`, after clearing what an earlier run left where `overwrite` says so."""
-    if overwrite and folder.path.is_dir():
-        for name in ("run.json", "results.json"):  # first: without them the rest is no run any more
-            (folder.path / name).unlink(missing_ok=True)
-        shutil.rmtree(folder.path / "phases", ignore_errors=True)
+    """Write `run.json`, after clearing what an earlier run left where `overwrite` says so; other files stay.
+
+    Its record goes last: stopped before, the folder still holds that run, which has not begun.
+    """
+    if overwrite:
+        (folder.path / "results.json").unlink(missing_ok=True)  # whosever it is, it would stand for this run's
+    if overwrite and folder.read("run.json") is not None:
+        for pattern in ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"):
+            for file in folder.path.glob(pattern):
+                file.unlink()
+        if (folder.path / "phases").is_dir():
+            delete_folder(folder.path / "phases")
+        (folder.path / "run.json").unlink()
     os.makedirs(folder.path, exist_ok=True)
     if folder.read("run.json") is None:
         write_json(folder.path / "run.json", description)

@@ -174,6 +174,11 @@ def _check_phase(phase: Phase, args: ULMFiTTrainingArguments, model: Any, groups
     """Whatever is wrong with a phase is told before the first one starts."""
     if phase.keep == "best" and "validation" not in data.splits:
         raise InputError(f"Phase '{phase.name}' chooses by the validation loss, and the data has no validation split")
+    if phase.keep == "best" and args.eval_strategy == "no":
+        raise InputError(
+            f"Phase '{phase.name}' keeps its best weights, which evaluations find: evaluate by epoch or steps. "
+            "Received: eval_strategy=no"
+        )
     if not trainable_names(model, groups, phase.groups_to_train(groups.names)):
         raise InputError(
             f"Phase '{phase.name}' would train nothing: train={phase.train!r} has no parameter that can train"

@@ -43,6 +43,9 @@ _LEAST = {
     "max_grad_norm": 0,
 }
 
+# What says how the rates of the layer groups differ; no two of them go together.
+_RATES_OF_GROUPS = {"learning_rate_low", "group_learning_rates", "discriminative_factor"}
+
 # Arguments that serve only the phases that name none of their own: argument -> the phase's keys that replace it.
 _PHASE_KEYS = {
     "learning_rate": ("learning_rate",),
@@ -78,8 +81,11 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
                 raise InputError(f"{origin}: there is no training argument {key!r}.{nearest(key, names)}")
     for key in given:
         _refuse_unused(plan, key)
+    settings = plan.settings
+    if not _RATES_OF_GROUPS.isdisjoint(given):  # one of them replaces the plan's, whichever that is
+        settings = {key: value for key, value in settings.items() if key not in _RATES_OF_GROUPS}
     try:
-        args = ULMFiTTrainingArguments(**{"output_dir": str(output_dir), **_RUN_DEFAULTS, **plan.settings, **given})
+        args = ULMFiTTrainingArguments(**{"output_dir": str(output_dir), **_RUN_DEFAULTS, **settings, **given})
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from None
     for key, least in _LEAST.items():

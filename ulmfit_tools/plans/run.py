@@ -107,19 +107,9 @@ def run_plan(
         _check_phase(phase, its_args, classifier, groups, data)
         if phase.augment is not None:
             phase.augment.check_tokenizer(tokenizer, pairs=len(data.text_columns) > 1)
-    description = describe_run(
-        plan.to_dict(),
-        args.to_dict() | {"max_length": max_length},
-        {
-            "source": data.source,
-            "fingerprint": data.fingerprint,
-            "rows": {name: len(split) for name, split in data.splits.items()},
-            "text_columns": list(data.text_columns),
-            "label_names": list(data.label_names),
-        },
-        {"name": model_name, "fingerprint": _fingerprint(classifier), "groups": list(groups.names)},
-        args.world_size,
-    )
+    described = {"name": model_name, "fingerprint": _fingerprint(classifier), "groups": list(groups.names)}
+    settings = args.to_dict() | {"max_length": max_length}
+    description = describe_run(plan.to_dict(), settings, _describe_data(data), described, args.world_size)
     state = PartialState()
     check_folder(folder, description, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()  # every process has looked before the first one writes
@@ -140,6 +130,16 @@ def run_plan(
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def _describe_data(data: TextClassificationData) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "fingerprint": data.fingerprint,
+        "rows": {name: len(split) for name, split in data.splits.items()},
+        "text_columns": list(data.text_columns),
+        "label_names": list(data.label_names),
+    }
 
 
 def _get_model(

@@ -3,7 +3,15 @@ import math
 import pytest
 
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.evaluations import Cycles, best_step, check_metric, cycle_evaluations, evaluations, has_overfit
+from ulmfit_tools.evaluations import (
+    Cycles,
+    best_step,
+    check_metric,
+    cycle_evaluations,
+    evaluations,
+    has_overfit,
+    is_last_of_cycle,
+)
 
 
 def losses(*values, every=10):
@@ -70,6 +78,15 @@ def epochs(*values, per_epoch=1):
 )
 def test_the_last_evaluation_of_each_cycle(history, cycles, ends):
     assert cycle_evaluations(history, "loss", Cycles(**cycles)) == ends
+
+
+@pytest.mark.parametrize(
+    ("at", "interval", "last"),
+    # cycles end after 1, 3 and 7
+    [(1, 1, True), (2, 1, False), (3, 1, True), (0.5, 0.5, False), (0.6, 0.5, True), (3.2, 4, True)],
+)
+def test_the_last_evaluation_of_a_cycle_is_known_when_it_takes_place(at, interval, last):
+    assert is_last_of_cycle(at, interval, Cycles(length=1, mult=2)) is last
 
 
 def test_a_loss_that_rises_within_a_cycle_is_no_overfitting():

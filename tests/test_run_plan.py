@@ -268,21 +268,46 @@ def test_until_overfit_stops_and_resumes_with_the_same_bits(model, data, tmp_pat
         assert same(weights(folder), weights(tmp_path / "first"))
 
 
-def test_under_sgdr_overfitting_is_told_at_the_ends_of_cycles(model, data, tmp_path):
-    losses = iter([5.0, 6.0, 4.0, 7.0, 6.0, 5.0, 4.5])  # 5, 4 and 4.5 at the ends of the cycles of 1, 2 and 4 epochs
+class ScriptedLosses(TrainerCallback):
+    """Puts another validation loss into the log before anyone reads it there."""
 
-    class Script(TrainerCallback):
-        """Puts another loss into the log before anyone reads it there."""
+    def __init__(self, *losses):
+        self.losses = iter(losses)
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "eval_loss" in logs:
-                logs["eval_loss"] = state.log_history[-1]["eval_loss"] = next(losses)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            logs["eval_loss"] = state.log_history[-1]["eval_loss"] = next(self.losses)
 
-    plan = FineTuningPlan(name="x", phases=[
-        Phase(name="a", until_overfit=UntilOverfit(patience=1, max_epochs=15), schedule="sgdr",
-              schedule_settings={"cycle_len": 1, "cycle_mult": 2})
-    ])  # fmt: skip
-    assert run(plan, model, data, tmp_path / "run", callbacks=[Script()]).phases[0].epochs == 7
+
+SGDR = {"schedule": "sgdr", "schedule_settings": {"cycle_len": 1, "cycle_mult": 2}}  # ends after epochs 1, 3, 7, 15
+
+
+def test_under_sgdr_overfitting_and_the_best_are_told_at_the_ends_of_cycles(model, data, tmp_path):
+    losses = ScriptedLosses(5.0, 3.0, 4.0, 7.0, 2.0, 5.0, 4.5)
+    plan = FineTuningPlan(
+        name="x", phases=[Phase(name="a", until_overfit=UntilOverfit(patience=1, max_epochs=15), **SGDR)]
+    )
+    phase = run(plan, model, data, tmp_path / "run", callbacks=[losses]).phases[0]
+    assert phase.epochs == 7
+    assert phase.metrics["loss"] == 4.0  # of the cycle ends 5, 4 and 4.5; between them 2 was lower
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        # evaluated after every 4 of an epoch's 6 steps: the last ones in the cycles of 6, 12 and 24 steps are at 4, 16
+        # and 40; at 20, 24, 28 ... 36 the third cycle goes on
+        ({"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}, 5.0),
+        ({}, 6.0),  # epochs 1, 3; 6 is the end of the training, in the middle of a cycle
+    ],
+)
+def test_the_best_under_sgdr_is_the_last_evaluation_of_a_cycle_or_of_the_training(
+    settings, kept, model, data, tmp_path
+):
+    losses = ScriptedLosses(8.0, 4.0, 7.0, 5.0, 3.0, 6.0, 2.0, 9.0, 9.0)
+    plan = FineTuningPlan(name="x", phases=[Phase(name="a", epochs=6, keep="best", **SGDR)])
+    more = settings | {"per_device_train_batch_size": 16, "callbacks": [losses]}
+    assert run(plan, model, data, tmp_path / "run", **more).phases[0].metrics["loss"] == kept
 
 
 def test_rates_of_a_phase_reach_the_optimizer(model, data, tmp_path):

@@ -60,6 +60,17 @@ def cycle_evaluations(history: History, metric: str, cycles: Cycles) -> list[tup
     return list(last.values()) if at_end else list(last.values())[:-1]
 
 
+def is_last_of_cycle(at: float, interval: float, cycles: Cycles) -> bool:
+    """Whether no other evaluation comes before the end of the cycle.
+
+    Args:
+        at: Where in the run the evaluation takes place, in the unit of the cycles.
+        interval: How far it is to the next evaluation, in the same unit.
+        cycles: The cycles.
+    """
+    return _cycle(at, cycles)[0] != _cycle(at + interval, cycles)[0]
+
+
 def _cycle(at: float, cycles: Cycles) -> tuple[int, bool]:
     """The number of the cycle, from 0, that a point in the run belongs to, and whether it is that cycle's end."""
     number, length, end = 0, cycles.length, cycles.length

@@ -15,7 +15,7 @@ from ulmfit_tools.callbacks import StopWhenOverfit
 from ulmfit_tools.checkpoints import NoGoodCheckpoint, clean_up, delete_folder, list_checkpoints, whole_folder
 from ulmfit_tools.data.augmentation import augmented
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.evaluations import Cycles
+from ulmfit_tools.evaluations import Cycles, is_last_of_cycle
 from ulmfit_tools.feature_cache import CacheReport, activation_cache, precomputed
 from ulmfit_tools.freezing import set_trainable, trainable_names
 from ulmfit_tools.layers import layer_groups
@@ -49,11 +49,12 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
     groups = layer_groups(job.model)
     set_trainable(job.model, groups, phase.groups_to_train(groups.names))
     callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
+    cycles = _cycles(args.schedule_settings) if args.schedule_name == "sgdr" else None
     if phase.until_overfit is not None:
         until = phase.until_overfit
-        cycles = _cycles(args.schedule_settings) if args.schedule_name == "sgdr" else None
         callbacks.append(StopWhenOverfit(patience=until.patience, min_delta=until.min_delta, cycles=cycles))
-    return ULMFiTTrainer(
+    return _PhaseTrainer(
+        cycles,
         model=job.model,
         args=args,
         train_dataset=job.splits["train"],
@@ -64,6 +65,30 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_of_arguments(args, trainable_only=True),
     )
+
+
+class _PhaseTrainer(ULMFiTTrainer):
+    """A trainer whose best weights, under warm restarts, are those of the end of a cycle.
+
+    In between, the rate is high and the weights are on their way: that one of them is best on the validation rows is
+    chance more often than not. Loshchilov & Hutter 2016 (arXiv:1608.03983), section 3, recommend the end of the last
+    cycle. The end of the training counts too.
+    """
+
+    def __init__(self, cycles: Cycles | None, **settings: Any) -> None:
+        self._cycles = cycles
+        super().__init__(**settings)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self._weights_may_be_kept() and super()._determine_best_metric(metrics, trial)
+
+    def _weights_may_be_kept(self) -> bool:
+        state, cycles, epoch = self.state, self._cycles, self._steps_per_epoch
+        if cycles is None or state.global_step >= state.max_steps:
+            return True
+        steps = epoch if self.args.eval_strategy == "epoch" else state.eval_steps
+        at, interval = (state.global_step, steps) if cycles.unit == "step" else (state.epoch or 0, steps / epoch)
+        return is_last_of_cycle(at, interval, cycles)
 
 
 def _cycles(settings: Mapping[str, Any]) -> Cycles:

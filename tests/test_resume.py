@@ -15,6 +15,7 @@ from tiny import tiny_bert
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ulmfit_tools import checkpoints
+from ulmfit_tools.best_weights import weights_file
 from ulmfit_tools.checkpoints import CheckpointError, list_checkpoints, step_of, verify
 from ulmfit_tools.trainer import TrainingInterrupted, optimizer_of_arguments
 
@@ -209,6 +210,63 @@ class TestKilled:
             trainer.train()
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-4", "checkpoint-8"]
         self.resumes(tmp_path / "run", run_by_fours[1], save_steps=4)
+
+
+class TestAnotherRunsFolder:
+    """A run that starts afresh where another one has left its checkpoints, of steps 15 and 20."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        make_trainer(tmp_path / "run", save_steps=5, save_total_limit=2, seed=1).train()
+        return tmp_path / "run"
+
+    def start(self, folder, killed_at):
+        callbacks = [KillAt("on_step_begin", killed_at)]
+        with pytest.raises(Killed):
+            make_trainer(folder, save_steps=4, save_total_limit=2, callbacks=callbacks).train()
+
+    def test_resumed_it_goes_on_with_its_own(self, folder, run_by_fours, caplog):
+        self.start(folder, killed_at=6)
+        aside = folder / "earlier-run-1"
+        assert f'give output_dir="{aside}" and resume_from_checkpoint=True' in caplog.text
+        assert [step_of(path) for path in list_checkpoints(folder)] == [4]
+        assert [(step_of(path), verify(path)) for path in list_checkpoints(aside)] == [(15, []), (20, [])]
+        trainer = make_trainer(folder, save_steps=4, save_total_limit=2)
+        trainer.train(resume_from_checkpoint=True)
+        assert differences(run_by_fours[1], outcome(trainer)) == []
+
+    def test_killed_before_its_first_checkpoint_there_is_none_to_resume(self, folder):
+        self.start(folder, killed_at=2)
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            make_trainer(folder).train(resume_from_checkpoint=True)
+
+    def test_the_other_run_can_go_on_from_where_it_is_now(self, folder):
+        self.start(folder, killed_at=6)
+        other = make_trainer(folder / "earlier-run-1", save_steps=5, save_total_limit=2, seed=1, num_train_epochs=3)
+        other.train(resume_from_checkpoint=True)
+        assert [step_of(path) for path in list_checkpoints(folder / "earlier-run-1")] == [25, 30]
+
+    def test_one_trainer_that_trains_twice(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_steps=5, save_total_limit=2)
+        trainer.train()
+        trainer.train()
+        folders = (tmp_path, tmp_path / "earlier-run-1")
+        assert [[step_of(path) for path in list_checkpoints(folder)] for folder in folders] == [[15, 20]] * 2
+
+    def test_a_run_that_goes_on_from_a_checkpoint_elsewhere(self, folder, run_by_fours, tmp_path):
+        checkpoint = copy_until(run_by_fours[0], tmp_path / "elsewhere", 8) / "checkpoint-8"
+        trainer = make_trainer(folder, save_steps=4, save_total_limit=2)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert [step_of(path) for path in list_checkpoints(folder)] == [16, 20]
+        assert [step_of(path) for path in list_checkpoints(folder / "earlier-run-1")] == [15, 20]
+
+    def test_best_weights_of_unfreezing_go_with_its_checkpoints(self, tmp_path):
+        make_trainer(tmp_path, save_steps=5).train()
+        weights_file(tmp_path, 10).parent.mkdir()
+        weights_file(tmp_path, 10).touch()
+        assert checkpoints.set_aside_run(tmp_path) == tmp_path / "earlier-run-1"
+        assert weights_file(tmp_path / "earlier-run-1", 10).is_file()
+        assert checkpoints.set_aside_run(tmp_path) is None
 
 
 class TestEarlyStopping:

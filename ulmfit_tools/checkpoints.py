@@ -11,6 +11,7 @@ The functions here know files only; the `Trainer` that uses them is in `ulmfit_t
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ulmfit_tools.best_weights import FOLDER as BEST_WEIGHTS
 from ulmfit_tools.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -284,6 +286,34 @@ def last_good_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Pa
             return checkpoint, skipped
         skipped.append((checkpoint, "; ".join(problems)))
     return None, skipped
+
+
+# Making room
+
+
+def set_aside_run(folder: str | Path) -> Path | None:
+    """Move the checkpoints of an earlier run out of a new one's way, into `earlier-run-1`, `earlier-run-2` and so on.
+
+    Left where they are, rotation would delete them, or keep them for the new run's, and a resume would take the latest
+    step, whichever run it is of.
+
+    Args:
+        folder: The folder of both runs.
+
+    Returns:
+        Where they are now, in a folder from which the earlier run can be resumed; None where there were none.
+    """
+    folder = Path(folder)
+    earlier = list_checkpoints(folder)
+    if not earlier:
+        return None
+    taken = {path.name for path in folder.iterdir()}
+    aside = folder / next(name for count in itertools.count(1) if (name := f"earlier-run-{count}") not in taken)
+    aside.mkdir()
+    for path in [folder / BEST_WEIGHTS, *earlier]:  # the last one last: killed before, a resume finds it
+        if path.exists():
+            os.rename(path, aside / path.name)
+    return aside
 
 
 # Deleting

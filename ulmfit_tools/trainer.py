@@ -46,6 +46,7 @@ class ULMFiTTrainer(Trainer):
     - `train_sampling_strategy="group_by_length"` gives every epoch an order that depends on nothing but the seed and
       the epoch, and evaluates the longest texts first; `predict` gives its rows back in their own order;
     - checkpoints are written whole, and resuming takes the last one that is good;
+    - a run that starts afresh moves the checkpoints that are in its folder into `earlier-run-1` there, and says so;
     - accumulated batches are averaged, where Trainer adds the gradients of most classifiers up;
     - the column `labels` is kept also for models whose forward does not name it (Qwen3.5);
     - on SIGTERM the run writes a checkpoint after the step and raises `TrainingInterrupted`.
@@ -200,6 +201,9 @@ class ULMFiTTrainer(Trainer):
     ) -> TrainOutput:
         """Train, or go on training.
 
+        Nothing of another run is deleted or taken for this one's: where there are checkpoints in `output_dir` and
+        none of them is resumed, they are moved into a folder `earlier-run-1` in it, from which that run can go on.
+
         Args:
             resume_from_checkpoint: True goes on from the last good checkpoint in `output_dir` and names the later
                 ones that it passes over; a path goes on from that checkpoint.
@@ -211,7 +215,7 @@ class ULMFiTTrainer(Trainer):
                 disk is full.
             TrainingInterrupted: The process got SIGTERM; the checkpoint is written.
         """
-        checkpoint = None if self._saves_sharded else self._checkpoint_to_resume(resume_from_checkpoint)
+        checkpoint = None if self._saves_sharded else self._checkpoint_to_resume(resume_from_checkpoint, trial)
         resume: Any = resume_from_checkpoint if self._saves_sharded else checkpoint and str(checkpoint)
         self._keeper.begin(checkpoint)
         self.remove_callback(self._keeper)
@@ -226,12 +230,13 @@ class ULMFiTTrainer(Trainer):
             self._keeper.begin(None)
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _checkpoint_to_resume(self, resume: str | os.PathLike | bool | None) -> Path | None:
+    def _checkpoint_to_resume(self, resume: str | os.PathLike | bool | None, trial: Any) -> Path | None:
         """Look once, in the main process: all must go on from the same checkpoint, and reading it takes a while."""
         found: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
                 found[0] = _choose_checkpoint(resume, str(self.args.output_dir))
+                _make_room(Path(self._get_output_dir(trial)), found[0])
             except CheckpointError as error:
                 found[1] = error
         broadcast_object_list(found)
@@ -364,6 +369,18 @@ def _choose_checkpoint(resume: str | os.PathLike | bool | None, folder: str) -> 
     if not (chosen / checkpoints.MANIFEST).exists():
         logger.warning(f"{chosen} has no manifest (another Trainer wrote it); its content was not checked to the bit.")
     return chosen
+
+
+def _make_room(folder: Path, resumed: Path | None) -> None:
+    """Set another run's checkpoints aside, and say where they are."""
+    if resumed is not None and resumed.parent.resolve() == folder.resolve():
+        return
+    aside = checkpoints.set_aside_run(folder)
+    if aside is not None:
+        logger.warning(
+            f"{folder} held checkpoints of another run, which are in {aside.name} there now. To go on with that run,"
+            f' give output_dir="{aside}" and resume_from_checkpoint=True.'
+        )
 
 
 def _take(values: Any, rows: np.ndarray) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
 import yaml
 from tiny import tiny_bert, token_rows
@@ -49,3 +50,71 @@ def test_a_schedule_has_its_value_however_the_arguments_travel(name):
 def test_no_rates_for_the_groups_are_refused():
     with pytest.raises(InputError, match=r"a rate for each layer group\. Received: \[\]"):
         ULMFiTTrainingArguments("run", group_learning_rates=[])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "2e-4"}, "learning_rate must be a number. Received: learning_rate='2e-4'"),
+        ({"learning_rate": None}, "learning_rate must be a number. Received: learning_rate=None"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number. Received: weight_decay=nan"),
+        ({"seed": 1.5}, "seed must be a whole number. Received: seed=1.5"),
+        ({"save_total_limit": True}, "save_total_limit must be a whole number. Received: save_total_limit=True"),
+        ({"bf16": "yes"}, "bf16 must be true or false. Received: bf16='yes'"),
+        ({"group_learning_rates": 3}, "must be a list of numbers. Received: group_learning_rates=3"),
+        ({"label_names": [1]}, r"label_names must be a list of texts. Received: label_names=\[1\]"),
+        ({"log_level": "loud"}, "log_level is one of detail, debug, .* Received: log_level='loud'"),
+        ({"train_sampling_strategy": None}, "one of random, .*Received: train_sampling_strategy=None"),
+        ({"lr_scheduler_kwargs": 3}, "a mapping, or a JSON object .*Received: 3"),
+        ({"lr_scheduler_kwargs": "3"}, "a mapping, or a JSON object .*Received: '3'"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_one_line(settings, message):
+    with pytest.raises(InputError, match=message) as error:
+        ULMFiTTrainingArguments("run", **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    args = ULMFiTTrainingArguments("run", seed=np.int64(3), learning_rate=np.float32(0.5), weight_decay=0)
+    assert (args.seed, args.learning_rate) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("cosine_with_restarts", {"num_cycle": 2}, 'it has num_cycles. Did you mean "num_cycles"'),
+        ("cosine_with_restarts", {"num_cycles": "two"}, "cannot be made: .*lr_scheduler_kwargs={'num_cycles'"),
+        ("cosine_with_restarts", {1: 2}, 'no setting "1"'),
+        ("constant", {"num_cycles": 2}, 'no setting "num_cycles"; it has none'),
+        ("polynomial", {"lr_end": 1.0}, "lr_end .* must be smaller than initial lr"),
+        ("warmup_stable_decay", {}, "cannot be made: .*num_decay_steps"),
+        ("reduce_lr_on_plateau", {"patients": 2}, "unexpected keyword argument 'patients'"),
+    ],
+)
+def test_trainers_own_schedule_is_tried_before_the_training(name, settings, message):
+    more = {"eval_strategy": "epoch"} if name == "reduce_lr_on_plateau" else {}
+    with pytest.raises(InputError, match=message):
+        ULMFiTTrainingArguments("run", lr_scheduler_type=name, lr_scheduler_kwargs=settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("linear", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", {"lr_end": 1e-8, "power": 2.0}),
+        ("warmup_stable_decay", {"num_decay_steps": 5, "min_lr_ratio": 0.1}),
+        ("reduce_lr_on_plateau", {"patience": 2}),
+        ("cosine_with_min_lr", {"min_lr": 1e-6}),
+        ("inverse_sqrt", {"timescale": 100}),
+        ("greedy", {}),
+        ("constant", {}),
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [0, 0.1, 7])
+def test_trainers_own_schedules_are_taken_with_their_settings(name, settings, warmup_steps):
+    args = ULMFiTTrainingArguments(
+        "run", lr_scheduler_type=name, lr_scheduler_kwargs=settings, warmup_steps=warmup_steps, eval_strategy="epoch"
+    )
+    assert args.schedule_settings == settings

@@ -1,15 +1,34 @@
 """`transformers.TrainingArguments` with this package's settings, and with defaults for fine-tuning classifiers."""
 
+import inspect
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_origin, get_type_hints
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.schedules import SCHEDULES, check_schedule
 
 _UPSTREAM = {upstream.name: upstream for upstream in fields(TrainingArguments)}
+
+# The types of settings that are checked, in words. What upstream takes in several forms, or turns into something else,
+# is left to upstream.
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list[float]: "a list of numbers",
+    list[str]: "a list of texts",
+}
+
+# What `get_scheduler` itself gives to Trainer's schedules; the other parameters are their settings.
+_GIVEN_TO_SCHEDULE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
 
 
 class ScheduleName(str):
@@ -52,7 +71,8 @@ class ULMFiTTrainingArguments(TrainingArguments):
         group_learning_rates: The rate of each group, from input to output.
 
     Raises:
-        InputError: Settings that contradict each other or that would be ignored, or an unknown schedule.
+        InputError: Settings that contradict each other or that would be ignored, a value of a wrong type, an unknown
+            schedule or a setting that it does not take.
     """
 
     discriminative_factor: float | None = field(
@@ -97,6 +117,7 @@ class ULMFiTTrainingArguments(TrainingArguments):
         return super().to_dict() | {"lr_scheduler_type": self.schedule_name}
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_rates()
         if self.enable_jit_checkpoint:
             raise InputError(
@@ -113,14 +134,27 @@ class ULMFiTTrainingArguments(TrainingArguments):
         if name in SCHEDULES:
             self.lr_scheduler_type = SchedulerType.LINEAR  # upstream turns the name into its own enumeration
         super().__post_init__()
-        if isinstance(self.lr_scheduler_kwargs, str):  # upstream leaves it as it is where it is no JSON object
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):  # upstream leaves a text that is no JSON object
             raise InputError(
-                "lr_scheduler_kwargs are the schedule's settings as a JSON object, as '{\"cycle_len\": 1}'. Received: "
-                f"{self.lr_scheduler_kwargs!r}"
+                "lr_scheduler_kwargs are the schedule's settings: a mapping, or a JSON object as '{\"cycle_len\": 1}'."
+                f" Received: {self.lr_scheduler_kwargs!r}"
             )
         if name in SCHEDULES:
             self.lr_scheduler_type = ScheduleName(name)
             self._check_schedule()
+        elif self.learning_rate > 0:
+            self._check_schedule_of_trainer()
+
+    def _check_types(self) -> None:
+        for name, (kind, optional) in _checked_types().items():
+            _check_type(name, getattr(self, name), kind, optional)
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name, None), setting.metadata.get("choices")
+            if choices and value != setting.default and value not in list(choices):
+                raise InputError(
+                    f"{setting.name} is one of {', '.join(choices)}.{nearest(str(value), choices)} Received: "
+                    f"{setting.name}={value!r}"
+                )
 
     def _check_rates(self) -> None:
         given = ["group_learning_rates", "learning_rate_low", "discriminative_factor"]
@@ -145,3 +179,65 @@ class ULMFiTTrainingArguments(TrainingArguments):
                 f" choose one of Trainer's own schedules. Received: warmup_steps={self.warmup_steps}"
             )
         check_schedule(self.lr_scheduler_type, self.schedule_settings)
+
+    def _check_schedule_of_trainer(self) -> None:
+        """Go through the schedule once on a stand-in: Trainer makes it when the training begins."""
+        name, settings = self.schedule_name, self.schedule_settings
+        make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+        taken = inspect.signature(make).parameters
+        allowed = sorted(set(taken) - _GIVEN_TO_SCHEDULE)
+        for key, value in settings.items():
+            if key not in allowed and "kwargs" not in taken:
+                raise InputError(
+                    f'The schedule "{name}" has no setting "{key}"; it has {", ".join(allowed) or "none"}.'
+                    f"{nearest(key, allowed)} Received: {key}={value!r}"
+                )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        steps = 20
+        try:
+            schedule = get_scheduler(
+                name,
+                optimizer,
+                num_warmup_steps=self.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=settings,
+            )
+            optimizer.step()
+            for _ in range(steps if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) else 0):
+                schedule.step()  # the others need a metric
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f'The schedule "{name}" cannot be made: {" ".join(str(error).split())}. Received: '
+                f"lr_scheduler_kwargs={settings}"
+            ) from None
+
+
+@cache
+def _checked_types() -> dict[str, tuple[Any, bool]]:
+    """The settings whose type is one of `_WORDS`, each with that type and whether None is allowed too."""
+    hints = get_type_hints(ULMFiTTrainingArguments)
+    found = {}
+    for setting in fields(ULMFiTTrainingArguments):
+        hint = hints[setting.name]
+        kinds = [hint] if get_origin(hint) is list or not get_args(hint) else list(get_args(hint))
+        plain = [kind for kind in kinds if kind is not type(None)]
+        if setting.init and len(plain) == 1 and plain[0] in _WORDS:
+            found[setting.name] = (plain[0], len(kinds) > 1)
+    return found
+
+
+def _check_type(name: str, value: Any, kind: Any, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if get_origin(kind) is list:
+        fits = isinstance(value, (list, tuple)) and all(_is_a(one, get_args(kind)[0]) for one in value)
+    else:
+        fits = _is_a(value, kind)
+    if not fits:
+        raise InputError(f"{name} must be {_WORDS[kind]}. Received: {name}={value!r}")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind in (bool, str):
+        return kind in (bool, str) and isinstance(value, kind)
+    return isinstance(value, Integral) if kind is int else isinstance(value, Real) and not math.isnan(value)

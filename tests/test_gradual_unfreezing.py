@@ -1,17 +1,20 @@
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from tiny import tiny_bert, token_rows
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from unfreezing_runs import LETTERS, Watch, trainer_of, watched
 
 from ulmfit_tools.callbacks import GradualUnfreezing, LogGroupRates, StopWhenOverfit
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.evaluations import best_step
 from ulmfit_tools.freezing import freeze_to, unfreeze
+from ulmfit_tools.gradual_unfreezing import undo_unfreezing
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
 
@@ -85,6 +88,78 @@ def test_afterwards_everything_is_as_trainable_as_before(tmp_path):
     trainer.train()  # a second run begins at the head again
     watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
     assert watch.trained[12:] == watch.trained[:12]
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the fifth step, in which a block and the head train."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def interrupted(tmp_path, model, kind=Trainer):
+    kinds = {Trainer: TrainingArguments, ULMFiTTrainer: ULMFiTTrainingArguments}
+    settings = {"per_device_train_batch_size": 16, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    callbacks = [GradualUnfreezing(eval_mode_for_frozen=True), Interrupt()]
+    trainer = kind(model, kinds[kind](str(tmp_path), **settings), train_dataset=token_rows(48), callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_an_interrupted_ulmfit_trainer_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_bert()
+    model.bert.pooler.dense.bias.requires_grad_(False)
+    before = flags(model)
+    interrupted(tmp_path, model, ULMFiTTrainer)
+    assert flags(model) == before
+    assert "train" not in vars(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_plain_trainer_made_after_an_interrupted_one_trains_all_layers(tmp_path):
+    """The same cells of a notebook again: the optimizer is made before anything is thawed in mid-run."""
+    model = tiny_bert()
+    interrupted(tmp_path, model)
+    assert not all(flags(model).values())  # nothing tells a callback of an exception
+    _, watch = watched(tmp_path, GradualUnfreezing(), model=model)
+    assert watch.trained[0] == "h"
+    assert watch.trained[-1] == "123h"
+    assert all(flags(model).values())
+    assert "train" not in vars(model)
+
+
+def test_a_model_can_be_freed_by_hand_after_an_interrupt(tmp_path):
+    model = tiny_bert()
+    interrupted(tmp_path, model)
+    undo_unfreezing(model)
+    assert all(flags(model).values())
+    assert "train" not in vars(model)
+    freeze_to(model, -1)
+    undo_unfreezing(model)
+    assert not any(parameter.requires_grad for parameter in model.bert.encoder.parameters())
+
+
+def test_a_callback_that_was_interrupted_serves_another_model(tmp_path):
+    callback = GradualUnfreezing()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path, callback, Interrupt()).train()
+    other = tiny_bert(num_hidden_layers=2)
+    trainer_of(tmp_path, callback, model=other, num_train_epochs=1).train()
+    assert all(flags(other).values())
+
+
+def test_an_interrupted_model_is_not_kept_alive(tmp_path):
+    model = tiny_bert()
+    interrupted(tmp_path, model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_run_that_follows_one_that_raised_begins_anew(tmp_path):

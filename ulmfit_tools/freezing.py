@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import deepcopy
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -305,10 +306,12 @@ def keep_in_eval_mode(model: nn.Module, module_names: Sequence[str]) -> Callable
             self.get_submodule(name).eval()
         return self
 
-    def restore() -> None:
-        if model.__dict__.pop("train", None) is not None:
-            model.train(model.training)
-
     model.__dict__["train"] = MethodType(train, model)
     model.train(model.training)
-    return restore
+    return partial(release_eval_mode, model)
+
+
+def release_eval_mode(model: nn.Module) -> None:
+    """End what `keep_in_eval_mode` began, where it did."""
+    if model.__dict__.pop("train", None) is not None:
+        model.train(model.training)

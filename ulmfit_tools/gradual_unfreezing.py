@@ -1,10 +1,10 @@
 """Gradual unfreezing in the middle of one plain `Trainer` run, as a callback: thin over `freezing`."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -32,19 +32,38 @@ UNITS = ("epoch", "step", "fraction", "plateau")
 ORDERS = ("top_down", "chain_thaw")
 
 
+# `requires_grad` by parameter name, as it was before, of the models that are being unfrozen, or were when `train()`
+# raised: callbacks are told of no exception. It holds no model alive.
+_FOUND: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def undo_unfreezing(model: nn.Module) -> None:
+    """Give a model's parameters the `requires_grad` from before gradual unfreezing, and the model its own `train`.
+
+    It is done at the end of a run. Where `train()` raised or was interrupted, `ULMFiTTrainer` does it as well; for a
+    plain `Trainer` it is done when the next `Trainer` with a `GradualUnfreezing` is made for the model, or trains it,
+    and until then layers are frozen, unless you call this. A model that is not being unfrozen stays as it is.
+    """
+    found = _FOUND.pop(model, None)
+    if found is None:
+        return
+    freezing.release_eval_mode(model)
+    for name, parameter in model.named_parameters():
+        if name in found:  # not what was put into the model since
+            parameter.requires_grad_(found[name])
+
+
 @dataclass
 class _Run:
-    """What a `train()` call settles at its begin, and what it has done to the model so far."""
+    """What a `train()` call settles at its begin, and how far it is."""
 
     groups: LayerGroups
     stages: list[frozenset[int]]
     starts: list[int]
-    found: dict[str, bool]  # `requires_grad` by parameter name, before
     group_of_rates: list[int | None]  # the layer group of each optimizer group
     stage: int = -1
     evaluated: bool = True
     scheduled_rates: list[Any] = field(default_factory=list)
-    release_eval_mode: Callable[[], None] = lambda: None
 
 
 class GradualUnfreezing(TrainerCallback):
@@ -53,7 +72,8 @@ class GradualUnfreezing(TrainerCallback):
     Which groups train is a function of `args` and `state` (`global_step`, `max_steps`, `log_history`), so a resumed
     run has the right ones at once. Layers that are frozen get no gradients, no optimizer work and no weight decay.
     The optimizer must hold every parameter that is thawed at some time, so leave the model as it is before `train()`:
-    the callback does the freezing. Afterwards `requires_grad` is as it was before.
+    the callback does the freezing. Afterwards `requires_grad` is as it was before; of a run that was interrupted see
+    `undo_unfreezing`.
 
     Best with rates and schedules that differ by group: `optimizer_cls_and_kwargs=discriminative_optimizer(args)`.
 
@@ -127,6 +147,12 @@ class GradualUnfreezing(TrainerCallback):
 
     # ---- Events ----------------------------------------------------------------------------------------------------
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Undoes what an interrupted run has left, before there is an optimizer, which would lack frozen layers."""
+        undo_unfreezing(model)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -139,7 +165,7 @@ class GradualUnfreezing(TrainerCallback):
     ) -> None:
         """Settles the stages, refuses what would go wrong later, and freezes for the step that comes next."""
         frozen_before = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self._finish(model)  # where an earlier `train()` raised
+        undo_unfreezing(model)  # where an earlier `train()` raised
         if self._watches_metric() and args.eval_strategy == "no":
             raise InputError('by="plateau" and restore_best need evaluations. Received: eval_strategy="no"')
         _check_parallelism(args, model)
@@ -154,10 +180,10 @@ class GradualUnfreezing(TrainerCallback):
             groups,
             stages,
             starts=self._starts(args, state, len(stages), train_dataloader),
-            found={name: parameter.requires_grad for name, parameter in model.named_parameters()},
             group_of_rates=_group_of_rates(model, groups, optimizer) if self.warmup_steps else [],
         )
         self._warn_of_unreached(self._run, state)
+        _FOUND[model] = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._enter(self._run, freezing.stage_at(state.global_step, self._run.starts), model)
 
     def on_evaluate(
@@ -221,7 +247,8 @@ class GradualUnfreezing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Gives every parameter its `requires_grad` back, and the model its own `train`."""
-        self._finish(model)
+        undo_unfreezing(model)
+        self._run = None
 
     # ---- What they are made of -------------------------------------------------------------------------------------
 
@@ -278,16 +305,7 @@ class GradualUnfreezing(TrainerCallback):
         run.stage = stage
         if self.eval_mode_for_frozen:
             frozen = freezing.frozen_modules(model, run.groups)
-            run.release_eval_mode = freezing.keep_in_eval_mode(model, frozen)
-
-    def _finish(self, model: nn.Module) -> None:
-        """Undo what a run has done to the model."""
-        if self._run is None:
-            return
-        self._run.release_eval_mode()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._run.found[name])
-        self._run = None
+            freezing.keep_in_eval_mode(model, frozen)
 
     def _keep_or_restore_best(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Write the weights if they are the best so far; otherwise read the best ones if a stage begins here."""

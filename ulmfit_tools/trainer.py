@@ -22,6 +22,7 @@ from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 from ulmfit_tools import checkpoints
 from ulmfit_tools.checkpoints import CheckpointError, NoGoodCheckpoint
 from ulmfit_tools.errors import InputError
+from ulmfit_tools.gradual_unfreezing import undo_unfreezing
 from ulmfit_tools.losses import loss_counts_items
 from ulmfit_tools.param_groups import discriminative_optimizer, group_learning_rates
 from ulmfit_tools.resuming import RunKeeper, TrainingInterrupted, parameter_names, write_record
@@ -228,6 +229,7 @@ class ULMFiTTrainer(Trainer):
         finally:
             self.args.eval_on_start = eval_on_start
             self._keeper.begin(None)
+            undo_unfreezing(self.model)  # of a run that was interrupted: callbacks are told of no exception
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _checkpoint_to_resume(self, resume: str | os.PathLike | bool | None, trial: Any) -> Path | None:

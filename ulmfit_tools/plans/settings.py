@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.schedules import SCHEDULES
 from ulmfit_tools.trainer import ULMFiTTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 # What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch. A phase
 # is prepared with just its own parameters trainable, so DDP need not search for unused ones in each step.
@@ -31,7 +35,7 @@ _MANAGED = {
     "auto_find_batch_size": "a run whose batch size changes cannot be resumed to the bit",
 }
 
-# By what `keep: best` may go; the loss unless told otherwise.
+# By what `keep: best` may go where the metrics are this package's; the loss unless told otherwise.
 _BEST_BY = ("loss", "accuracy", "f1_macro", "f1_weighted", "mcc")
 
 # The least that an argument may be, where transformers finds out late or never.
@@ -54,19 +58,21 @@ _PHASE_KEYS = {
     "num_train_epochs": ("epochs", "steps", "until_overfit"),
     "lr_scheduler_type": ("schedule",),
     "lr_scheduler_kwargs": ("schedule",),
-    "warmup_steps": ("schedule",),
     "discriminative_factor": ("factor",),
     "num_layer_groups": ("num_groups",),
 }
 
 
-def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[str, Any]) -> ULMFiTTrainingArguments:
+def run_arguments(
+    plan: FineTuningPlan, output_dir: str | Path, given: Mapping[str, Any], *, own_metrics: bool = False
+) -> ULMFiTTrainingArguments:
     """The training arguments of a run: what was given, then the plan's settings, then defaults.
 
     Args:
         plan: The plan to run.
         output_dir: The run folder.
         given: The arguments that the user set (flags and config file, or keyword arguments).
+        own_metrics: Whether the metrics are the user's own, so that their names are not known.
 
     Raises:
         InputError: An argument does not exist, is one that a plan manages, has a wrong value, or is one that every
@@ -79,43 +85,102 @@ def run_arguments(plan: FineTuningPlan, output_dir: str | Path, given: Mapping[s
                 raise InputError(f"{origin}: {key} has no place in a run of phases: {_MANAGED[key]}")
             if key not in names or key == "output_dir":
                 raise InputError(f"{origin}: there is no training argument {key!r}.{nearest(key, names)}")
+    values = {"output_dir": str(output_dir), **_RUN_DEFAULTS, **_settings_beside(plan, given), **given}
     for key in given:
-        _refuse_unused(plan, key)
-    settings = plan.settings
-    if not _RATES_OF_GROUPS.isdisjoint(given):  # one of them replaces the plan's, whichever that is
-        settings = {key: value for key, value in settings.items() if key not in _RATES_OF_GROUPS}
+        _check_used(plan, key, values)
+    _check_metric(values.get("metric_for_best_model") or "loss", own_metrics)
+    # Some phases may warm up while others, with the run's schedule, have a rise of their own: see `phase_arguments`.
+    warmup = values.pop("warmup_steps", 0) if any(_warms_up(phase, values) for phase in plan.phases) else None
     try:
-        args = ULMFiTTrainingArguments(**{"output_dir": str(output_dir), **_RUN_DEFAULTS, **settings, **given})
+        args = ULMFiTTrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    if warmup is not None:
+        args.warmup_steps = warmup
     for key, least in _LEAST.items():
         if getattr(args, key) < least:
             raise InputError(f"--{key} is at least {least}. Received: {getattr(args, key)}")
     for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if not getattr(args, key) > 0:
             raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")
-    best_by = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if best_by not in _BEST_BY:
-        raise InputError(
-            f"metric_for_best_model is one of {', '.join(_BEST_BY)}.{nearest(best_by, _BEST_BY)} Received: "
-            f"metric_for_best_model={args.metric_for_best_model!r}"
-        )
     args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
     return args
 
 
-def _refuse_unused(plan: FineTuningPlan, key: str) -> None:
-    replaced = _PHASE_KEYS.get(key)
-    if replaced and all(any(getattr(phase, own) is not None for own in replaced) for phase in plan.phases):
+def _check_metric(best_by: Any, own_metrics: bool) -> None:
+    name = str(best_by).removeprefix("eval_")
+    if name not in _BEST_BY and not (own_metrics and isinstance(best_by, str)):
         raise InputError(
-            f"--{key} would do nothing: every phase of plan '{plan.name}' names its own {' or '.join(replaced)}; "
-            "change the plan's file, or leave the flag out"
+            f"metric_for_best_model is one of {', '.join(_BEST_BY)}.{nearest(name, _BEST_BY)} Received: "
+            f"metric_for_best_model={best_by!r}"
         )
+
+
+def _settings_beside(plan: FineTuningPlan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan's settings, without those that belong to what the user replaced."""
+    replaced: set[str] = set()
+    if not _RATES_OF_GROUPS.isdisjoint(given):  # one of them replaces the plan's, whichever that is
+        replaced |= _RATES_OF_GROUPS
+    if "lr_scheduler_type" in given:
+        replaced.add("lr_scheduler_kwargs")
+        if not any(_warms_up(phase, given) for phase in plan.phases):
+            replaced.add("warmup_steps")
+    return {key: value for key, value in plan.settings.items() if key not in replaced}
+
+
+def _warms_up(phase: Phase, values: Mapping[str, Any]) -> bool:
+    """Whether a phase's schedule takes `warmup_steps`: this package's schedules have a rise of their own."""
+    return _schedule(phase, values) not in SCHEDULES
+
+
+def _schedule(phase: Phase, values: Mapping[str, Any]) -> str:
+    return phase.schedule or str(values.get("lr_scheduler_type", ULMFiTTrainingArguments.lr_scheduler_type))
+
+
+def _check_used(plan: FineTuningPlan, key: str, values: Mapping[str, Any]) -> None:
+    """Say for which phases a given argument does nothing, and refuse it where these are all."""
+    reasons = {phase.name: _unused(phase, key, values) for phase in plan.phases}
+    without = {name: reason for name, reason in reasons.items() if reason is not None}
+    if len(without) == len(reasons):
+        why = " or ".join(dict.fromkeys(without.values()))
+        raise InputError(
+            f"--{key} would do nothing: every phase of plan '{plan.name}' {why}; change the plan's file, or leave the "
+            "flag out"
+        )
+    if without:
+        served = ", ".join(f"'{name}'" for name in reasons if name not in without)
+        others = "; ".join(f"'{name}' {reason}" for name, reason in without.items())
+        logger.warning(f"--{key} serves {served} of the plan's phases. {others}.")
     if key == "metric_for_best_model" and all(phase.keep != "best" for phase in plan.phases):
         raise InputError(
             f"--{key} would do nothing: no phase of plan '{plan.name}' keeps its best weights; give one 'keep: best', "
             "or leave the flag out"
         )
+
+
+def _unused(phase: Phase, key: str, values: Mapping[str, Any]) -> str | None:
+    """Why an argument does nothing for a phase; None where it serves the phase."""
+    named = [own for own in _PHASE_KEYS.get(key, ()) if getattr(phase, own) is not None]
+    if key == "discriminative_factor" and isinstance(phase.learning_rate, tuple):
+        named.append("learning_rate")  # a span says how the rates differ
+    elif key in ("learning_rate_low", "group_learning_rates") and isinstance(phase.learning_rate, str):
+        named.remove("learning_rate")  # a rate that is found leaves the ratios between groups as they are
+    if named:
+        return f"names its own {' and '.join(named)}"
+    if key == "warmup_steps" and not _warms_up(phase, values):
+        return f"has the schedule {_schedule(phase, values)}, which rises by itself"
+    if phase.keep == "best" and _saves_otherwise(key, values):
+        return "keeps its best weights, and so writes its checkpoints when it evaluates (--eval_strategy)"
+    return None
+
+
+def _saves_otherwise(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether an argument asks for checkpoints at other steps than those of the evaluations."""
+    if key == "save_strategy":
+        return bool(values["save_strategy"] != values["eval_strategy"])
+    if key == "save_steps" and values["eval_strategy"] == "steps":
+        return values["save_steps"] != values.get("eval_steps", values["save_steps"])
+    return False
 
 
 def phase_arguments(
@@ -157,8 +222,8 @@ def phase_arguments(
         changes["num_layer_groups"] = phase.num_groups
     if phase.schedule is not None:
         changes |= {"lr_scheduler_type": phase.schedule, "lr_scheduler_kwargs": dict(phase.schedule_settings)}
-        if phase.schedule in SCHEDULES:
-            changes["warmup_steps"] = 0  # these have a rise of their own
+    if (phase.schedule or args.schedule_name) in SCHEDULES:
+        changes["warmup_steps"] = 0  # these have a rise of their own
     if not validates:
         changes["eval_strategy"] = "no"
     elif phase.keep == "best":

@@ -1,5 +1,7 @@
 """Phases and plans as Python objects and YAML; the refusals name what is wrong and what is meant."""
 
+import dataclasses
+
 import pytest
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit, shipped_plans
@@ -103,7 +105,15 @@ def test_until_overfit_keeps_the_best_checkpoint():
         ({"name": "x", "learning_rate": [1e-3]}, "two rates"),
         ({"name": "x", "learning_rate": [1e-5, 1e-3], "factor": 2}, "exclude each other"),
         ({"name": "x", "schedule": "slanted"}, "slanted_triangular"),
+        ({"name": "x", "schedule": ["sgdr"]}, r"schedule must be one of .*Received: \['sgdr'\]"),
         ({"name": "x", "schedule_settings": {"cut_frac": 0.2}}, "needs a schedule"),
+        ({"name": "x", "schedule": "linear", "schedule_settings": 3}, "must be a mapping. Received: 3"),
+        ({"name": "x", "schedule": "sgdr", "schedule_settings": {1: 3}}, 'no setting "1"'),
+        ({"name": "x", "steps": True}, "whole number from 1. Received: True"),
+        ({"name": "x", "until_overfit": {"patience": True}}, "whole number from 1. Received: True"),
+        ({"name": "x", "until_overfit": {"max_epochs": None}}, "positive number. Received: None"),
+        ({"name": "x", "train": None}, "at least one group. Received: None"),
+        ({"name": "x", "keep": None}, "one of last, best. Received: None"),
         ({"name": "x", "keep": "worst"}, "one of last, best. Received: 'worst'"),
         ({"name": "x", "until_overfit": {"patience": 0}}, "whole number from 1. Received: 0"),
         ({"name": "x", "until_overfit": {"patients": 2}}, "Did you mean \"patience\""),
@@ -126,6 +136,13 @@ def test_wrong_phase_is_refused(values, message):
         ("name: x\n", "needs the key 'phases'"),
         ("name: x\nphase: []\n", "no key 'phase'.*Did you mean \"phases\""),
         ("name: [x\n", "not valid YAML"),
+        ("name: x\n[a]: 3\nphases: []\n", "line 2: a key is a plain word, not a sequence"),
+        ("name: x\nphases: [{{a: 1}: 3}]\n", "line 2: a key is a plain word, not a mapping"),
+        ("name: x\nphases: [{<<: 3}]\n", "not valid YAML: .*merging"),
+        ("name:\nphases: [{name: a}]\n", "name is a text. Received: None"),
+        ("name: x\nphases: {name: a}\n", "phases are a list"),
+        ("name: x\nsettings: [seed]\nphases: [{name: a}]\n", r"mapping of training arguments. Received: \['seed'\]"),
+        ("name: x\nsettings: 0\nphases: [{name: a}]\n", "mapping of training arguments. Received: 0"),
         ("name: x\nphases: [{name: !!python/object/apply:os.getcwd []}]\n", "not valid YAML"),
     ],
 )
@@ -135,6 +152,45 @@ def test_wrong_plan_file_is_refused(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         FineTuningPlan.load(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_mapping_may_take_over_another(tmp_path):
+    """YAML's merge key; what the mapping says itself wins, in whatever order they are read."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "name: x\n"
+        "settings: {seed: 3}\n"
+        "phases:\n"
+        "  - &head {name: head, train: head, epochs: 1, schedule: sgdr, schedule_settings: &cycles {cycle_len: 2}}\n"
+        "  - &all {<<: *head, name: all, train: all, schedule_settings: {<<: *cycles, cycle_mult: 2}}\n"
+        "  - {<<: *all, name: last}\n"
+    )
+    head, everything, last = FineTuningPlan.load(file).phases
+    assert (head.schedule_settings, head.train) == ({"cycle_len": 2}, "head")
+    assert everything == Phase(
+        name="all", epochs=1, schedule="sgdr", schedule_settings={"cycle_len": 2, "cycle_mult": 2}
+    )
+    assert last == dataclasses.replace(everything, name="last")
+
+
+def test_settings_without_a_value_are_none(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("name: 7\nsettings:\nphases: [{name: a, schedule: linear, schedule_settings: }]\n")
+    assert FineTuningPlan.load(file) == FineTuningPlan(name="7", phases=[Phase(name="a", schedule="linear")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"phases": ["a"]}, r"phases are a list of Phase objects. Received: \['a'\]"),
+        ({"phases": 3}, "Received: 3"),
+        ({"phases": [Phase(name="a")], "settings": None}, "mapping of training arguments. Received: None"),
+        ({"phases": [Phase(name="a")], "name": 3}, "name is a text. Received: 3"),
+    ],
+)
+def test_wrong_plan_in_python_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        FineTuningPlan(**{"name": "x"} | arguments)
 
 
 def test_unknown_plan_suggests_the_nearest():

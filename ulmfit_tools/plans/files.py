@@ -10,16 +10,24 @@ from ulmfit_tools.errors import InputError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Reads `2e-4` as a number (YAML 1.1 takes it for text) and refuses a key that stands twice."""
+    """Reads `2e-4` as a number (YAML 1.1 takes it for text) and refuses a key that stands twice or is no plain value.
 
-    def construct_mapping(self, node, deep=False):
+    Keys are looked at as they stand in the file: `<<` brings others in later, which the mapping's own replace.
+    """
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise InputError(f"{self.name}, line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            where = f"{self.name}, line {key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(
+                    f"{where}: a key is a plain word, not a {key.id}. Put quotes around it to make it one"
+                )
+            if key.value in seen:
+                raise InputError(f"{where}: the key {key.value!r} stands twice")
+            seen.add(key.value)
+        return node
 
 
 _StrictLoader.add_implicit_resolver(

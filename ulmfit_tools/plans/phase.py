@@ -39,7 +39,7 @@ class UntilOverfit:
 
     def __post_init__(self):
         """Check the values."""
-        if not isinstance(self.patience, int) or self.patience < 1:
+        if not _is_count(self.patience):
             raise InputError(f"until_overfit.patience must be a whole number from 1. Received: {self.patience!r}")
         _check_number("until_overfit.min_delta", self.min_delta, zero_allowed=True)
         _check_number("until_overfit.max_epochs", self.max_epochs)
@@ -111,17 +111,7 @@ class Phase:
             raise InputError(f"{self._at('note')} is a text. Received: {self.note!r}")
         if self.until_overfit is not None and self.keep != "best":
             object.__setattr__(self, "keep", "best")  # past the turn the last weights are the overfitted ones
-        if self.schedule in SCHEDULES:
-            check_schedule(self.schedule, self.schedule_settings)
-        elif self.schedule is not None:
-            names = [*SCHEDULES, *(known.value for known in SchedulerType)]
-            if self.schedule not in names:
-                raise InputError(
-                    f"{self._at('schedule')} must be one of {', '.join(names)}. Received: {self.schedule!r}."
-                    f"{nearest(self.schedule, names)}"
-                )
-        elif self.schedule_settings:
-            raise InputError(f"{self._at('schedule_settings')} needs a schedule beside it: name one with 'schedule'")
+        self._check_schedule()
 
     def _at(self, key: str) -> str:
         return f"Phase '{self.name}': {key}"
@@ -146,7 +136,7 @@ class Phase:
             raise InputError(f"{self._at(' and '.join(given))} exclude each other: give one")
         if self.epochs is not None:
             _check_number(self._at("epochs"), self.epochs)
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+        if self.steps is not None and not _is_count(self.steps):
             raise InputError(f"{self._at('steps')} must be a whole number from 1. Received: {self.steps!r}")
 
     def _check_rates(self) -> None:
@@ -169,8 +159,24 @@ class Phase:
             _check_number(self._at("learning_rate"), rate)
         if self.factor is not None:
             _check_number(self._at("factor"), self.factor)
-        if self.num_groups is not None and (not isinstance(self.num_groups, int) or self.num_groups < 1):
+        if self.num_groups is not None and not _is_count(self.num_groups):
             raise InputError(f"{self._at('num_groups')} must be a whole number from 1. Received: {self.num_groups!r}")
+
+    def _check_schedule(self) -> None:
+        names = [*SCHEDULES, *(known.value for known in SchedulerType)]
+        if self.schedule is not None and self.schedule not in names:
+            raise InputError(
+                f"{self._at('schedule')} must be one of {', '.join(names)}. Received: {self.schedule!r}."
+                f"{nearest(str(self.schedule), names)}"
+            )
+        if not isinstance(self.schedule_settings, dict):
+            raise InputError(
+                f"{self._at('schedule_settings')} must be a mapping. Received: {self.schedule_settings!r}"
+            )
+        if self.schedule_settings and self.schedule is None:
+            raise InputError(f"{self._at('schedule_settings')} needs a schedule beside it: name one with 'schedule'")
+        if self.schedule in SCHEDULES:
+            check_schedule(self.schedule, self.schedule_settings)  # Trainer's own: `ULMFiTTrainingArguments`
 
     def groups_to_train(self, group_names: Sequence[str]) -> tuple[int, ...]:
         """The indices of the groups that train, for a model whose groups have these names (input to output).
@@ -234,9 +240,8 @@ class Phase:
         values = dict(values)
         for key, default in (("until_overfit", UntilOverfit()), ("augment", DEFAULT_AUGMENTATION)):
             values[key] = _from_mapping(values.get(key), default, what=key)
-        settings = values.get("schedule_settings")
-        if settings is not None and not isinstance(settings, dict):
-            raise InputError(f"Phase '{values['name']}': schedule_settings must be a mapping. Received: {settings!r}")
+        if values.get("schedule_settings", {}) is None:  # the key alone, without a value
+            values["schedule_settings"] = {}
         return cls(**values)
 
 
@@ -262,3 +267,7 @@ def _check_number(what: str, value: Any, *, zero_allowed: bool = False) -> float
     if not number or value < 0 or (value == 0 and not zero_allowed):
         raise InputError(f"{what} must be a {'' if zero_allowed else 'positive '}number. Received: {value!r}")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

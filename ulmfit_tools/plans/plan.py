@@ -24,7 +24,7 @@ class FineTuningPlan:
         settings: Training arguments that this plan sets where the user sets none, such as `learning_rate`.
 
     Raises:
-        InputError: There is no phase, or two phases share a name.
+        InputError: There is no phase, two phases share a name, or a value is not of the kind named above.
     """
 
     name: str
@@ -34,6 +34,12 @@ class FineTuningPlan:
 
     def __post_init__(self):
         """Check the list of phases."""
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"A plan's name is a text. Received: {self.name!r}")
+        if not isinstance(self.settings, dict):
+            raise InputError(f"A plan's settings are a mapping of training arguments. Received: {self.settings!r}")
+        if not isinstance(self.phases, Sequence) or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise InputError(f"Plan '{self.name}': phases are a list of Phase objects. Received: {self.phases!r}")
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
             raise InputError(f"Plan '{self.name}' has no phases, so nothing would train: give it at least one")
@@ -77,13 +83,10 @@ class FineTuningPlan:
                 raise InputError(f"A plan needs the key '{key}'. Received: {', '.join(values) or 'nothing'}")
         if not isinstance(values["phases"], (list, tuple)):
             raise InputError(f"A plan's phases are a list. Received: {values['phases']!r}")
-        settings = values.get("settings") or {}
-        if not isinstance(settings, dict):
-            raise InputError(f"A plan's settings are a mapping of training arguments. Received: {settings!r}")
         return cls(
-            name=str(values["name"]),
+            name=values["name"] and str(values["name"]),  # a name of digits is one too
             description=" ".join(str(values.get("description") or "").split()),
-            settings=settings,
+            settings={} if values.get("settings") is None else values["settings"],
             phases=[Phase.from_dict(phase) for phase in values["phases"]],
         )
 

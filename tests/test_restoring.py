@@ -136,6 +136,49 @@ def test_an_optimizer_keeps_its_state_rates_and_schedule():
         assert all(torch.equal(value, after["state"][index][key]) for key, value in values.items())
 
 
+class TestTheOptimizersState:
+    """It waits where the copy of the weights is."""
+
+    def trained(self):
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        return model, optimizer, self.values(optimizer)
+
+    def values(self, optimizer):
+        return [value for values in optimizer.state.values() for value in values.values()]
+
+    def test_on_disk_and_back_to_the_bit(self, tmp_path):
+        model, optimizer, tensors = self.trained()
+        before = [tensor.clone() for tensor in tensors]
+        with unchanged(model, optimizer, offload_folder=tmp_path) as rewind:
+            assert not any(tensor.numel() for tensor in tensors)
+            for _ in range(2):
+                model(torch.ones(2, 3)).square().sum().backward()
+                optimizer.step()
+                rewind()
+        assert all(torch.equal(*pair) for pair in zip(before, tensors, strict=True))
+        assert all(a is b for a, b in zip(self.values(optimizer), tensors, strict=True))
+        assert not list(tmp_path.iterdir())
+
+    def test_in_the_hosts_memory_it_stays_where_it_is(self):
+        model, optimizer, tensors = self.trained()
+        places = [tensor.data_ptr() for tensor in tensors]
+        with unchanged(model, optimizer):
+            assert [tensor.data_ptr() for tensor in tensors] == places
+        assert [tensor.data_ptr() for tensor in tensors] == places
+
+    def test_parts_of_a_larger_tensor_stay(self, tmp_path):
+        model, optimizer, _ = self.trained()
+        flat = torch.ones(10)
+        optimizer.state[model.bias]["max_exp_avg_sq"] = flat[:2]
+        with unchanged(model, optimizer, offload_folder=tmp_path):
+            pass
+        flat.zero_()
+        assert optimizer.state[model.bias]["max_exp_avg_sq"].sum() == 0
+
+
 def test_rewind_starts_the_same_run_again():
     model = WithBuffers()
     optimizer = torch.optim.AdamW(model.trained.parameters(), lr=0.1)

@@ -74,8 +74,8 @@ def lr_range_test(
             the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy
             curve. One that is about right it mostly leaves alone, but a short run likes a higher rate than a long one
             (the README has figures). How many steps this costs is logged before it begins.
-        offload_folder: Keep the copy of the trainable weights in a temporary file in this folder; by default it is in
-            the host's memory.
+        offload_folder: Keep the copy of the trainable weights, and the state of an optimizer that has trained before,
+            in temporary files in this folder; by default they are in the host's memory.
 
     Returns:
         The curve, with its suggestions.

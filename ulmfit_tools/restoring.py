@@ -40,7 +40,8 @@ def unchanged(
     That is: the values of trainable parameters and of buffers; gradients, `requires_grad`, modes, hooks and any other
     attribute of the modules; an optimizer's state, rates and schedule; the random numbers of Python, NumPy and torch
     on every device, and those of every generator of Python and NumPy in this process. Of the weights that train there
-    is one copy; of frozen ones there is none. An interrupt (Ctrl-C) that comes while things are put back waits for it.
+    is one copy; of frozen ones there is none. An optimizer's state waits where that copy is, not on its device. An
+    interrupt (Ctrl-C) that comes while things are put back waits for it.
 
     Args:
         model: The model as it is inside DDP and other wrappers.
@@ -50,7 +51,8 @@ def unchanged(
             objects that they hold in turn, as the modules' own helpers are: their attributes, random generators,
             lists, dictionaries and sets. Numbers that change inside a tensor or an array are not, nor other modules
             and optimizers, data loaders themselves, and callbacks.
-        offload_folder: Keep the copy in a temporary file in this folder; by default it is in the host's memory.
+        offload_folder: Keep the copy, and the optimizer's state, in temporary files in this folder; by default they
+            are in the host's memory.
 
     Yields:
         A function that goes back to the beginning at once, for another run inside the same block.
@@ -74,6 +76,7 @@ def unchanged(
         restores.append(restore_tensors)
         for restore in restores:  # on a stack, so that each has its turn also when another one raises
             at_end.callback(restore)
+        at_end.enter_context(_state_away(optimizers, offload_folder))
         forget()
         try:
             yield rewind
@@ -99,16 +102,22 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 @contextmanager
+def _copies(tensors: dict[Any, torch.Tensor], offload_folder: str | Path | None) -> Iterator[dict[Any, torch.Tensor]]:
+    """Copies of tensors in the host's memory, or in a file as long as the block lasts."""
+    if offload_folder is None or not tensors:
+        yield {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return
+    with tempfile.TemporaryDirectory(dir=offload_folder) as folder:
+        file = Path(folder, "tensors.pt")
+        torch.save({name: tensor.detach() for name, tensor in tensors.items()}, file)
+        yield torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+@contextmanager
 def _tensors(model: nn.Module, offload_folder: str | Path | None) -> Iterator[Restore]:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = trained | dict(model.named_buffers())
-    with ExitStack() as stack:
-        if offload_folder is None:
-            saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        else:
-            file = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=offload_folder)), "weights.pt")
-            torch.save({name: tensor.detach() for name, tensor in tensors.items()}, file)
-            saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    with _copies(tensors, offload_folder) as saved:
 
         @torch.no_grad()
         def restore() -> None:
@@ -116,6 +125,35 @@ def _tensors(model: nn.Module, offload_folder: str | Path | None) -> Iterator[Re
                 tensor.copy_(saved[name])
 
         yield restore
+
+
+@contextmanager
+def _state_away(optimizers: Iterable[Optimizer], offload_folder: str | Path | None) -> Iterator[None]:
+    """Take the tensors of optimizers' states from where they are; the same tensors get their numbers back.
+
+    A training without them makes its own, and there is not always room for both on a device. Left where they are: what
+    is in the host's memory already and is to stay there, parts of larger tensors, and special kinds of tensors, as those
+    of bitsandbytes that are paged.
+    """
+    states = [values for optimizer in optimizers for values in optimizer.state.values() if isinstance(values, dict)]
+    tensors = {
+        id(value): value
+        for values in states
+        for value in values.values()
+        if type(value) is torch.Tensor
+        and not hasattr(value, "is_paged")
+        and value.nbytes == value.untyped_storage().nbytes()
+        and (offload_folder is not None or value.device.type != "cpu")
+    }
+    devices = {key: tensor.device for key, tensor in tensors.items()}
+    with _copies(tensors, offload_folder) as saved:
+        try:
+            for key, tensor in tensors.items():
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=devices[key])
+            yield
+        finally:
+            for key, tensor in tensors.items():
+                tensor.data = saved[key].to(devices[key], copy=True)
 
 
 def _modules(model: nn.Module) -> Restore:

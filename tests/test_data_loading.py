@@ -99,6 +99,18 @@ def test_csv_with_semicolons(tmp_path):
     assert pairs(data) == [("a, b", "x"), ("c", "y")]
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_csv_separator_is_the_one_that_is_no_part_of_a_name(tmp_path, mark):
+    """A spreadsheet that writes semicolons leaves a comma in a name as it is, and writes columns without a name."""
+    rows = [["Review, full", "Label", "", ""], ["good, really", "x", "", ""], ["too bad", "y", "", ""]]
+    path = write(tmp_path / "d.csv", "\ufeff" + "".join(mark.join(row) + "\r\n" for row in rows))
+    data = load_text_classification(path, validation_split=0)
+    assert data.text_columns == ("Review, full",)
+    assert pairs(data) == [("good, really", "x"), ("too bad", "y")]
+    quoted = write(tmp_path / "q.csv", f'"Review, full"{mark}Label\na, b{mark}x\nc{mark}y\n')
+    assert pairs(load_text_classification(quoted, validation_split=0)) == [("a, b", "x"), ("c", "y")]
+
+
 def test_csv_field_of_any_length_and_the_limit_is_put_back(tmp_path):
     limit = csv.field_size_limit()
     long = "word " * 40_000
@@ -431,7 +443,7 @@ BAD_FILES = {
         'label "label" is missing',
     ),
     "label is nan": ("d.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": NaN}\n', "is missing"),
-    "label is empty": ("d.csv", "text,label\na,x\nb,\n", 'd.csv line 3: the label "label" is missing'),
+    "label is empty": ("d.csv", "text,label\na,x\nb,\n", 'd.csv line 3: the label "label" is missing. Remove the row'),
     "label is a fraction": ("d.jsonl", '{"text": "a", "label": 0.5}\n', "Received: 0.5"),
     "labels are a list": ("d.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "label"),
     "mixed labels": (
@@ -442,9 +454,10 @@ BAD_FILES = {
     "mixed true and 1": ("d.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n', "mixed types"),
     "latin-1": ("d.csv", "text,label\na,x\ncaf\xe9,y\n".encode("latin-1"), "d.csv line 3 is not UTF-8 (byte 0xe9)"),
     "utf-16": ("d.txt", "text".encode("utf-16"), "d.txt line 1 is not UTF-8 (byte 0xff)"),
-    "too many fields": ("d.csv", "text,label\na,x\nb, c,y\n", "d.csv line 3 has 3 fields where the header has 2"),
-    "too few fields": ("d.csv", "text,label\na,x\nb\n", "d.csv line 3 has 1 fields where the header has 2"),
+    "too many fields": ("d.csv", "text,label\na,x\nb, c,y\n", "has 3 fields separated by ',' where the header has 2"),
+    "too few fields": ("d.csv", "text,label\na,x\nb\n", "line 3 has 1 field separated by ',' where the header has 2"),
     "open quote": ("d.csv", 'text,label\na,x\n"b,y\nc,x\n', "d.csv line 3 is broken"),
+    "quote in a quoted text": ("d.csv", 'text,label\n"a "b" c",x\n', 'A quote in a quoted text is written twice ("")'),
     "column twice": ("d.csv", "text,label,text\na,x,b\n", "names a column twice: text"),
     "not json": ("d.jsonl", '{"text": "a", "label": 0}\n{"text": }\n', "d.jsonl line 2 is not JSON"),
     "no object": ("d.jsonl", '["a", 1]\n', "d.jsonl: row 1 is not an object"),
@@ -492,6 +505,12 @@ def test_bad_paths(tmp_path, source, expected):
     assert expected.format(tmp_path) in refused(tmp_path / source)
 
 
+def test_a_file_name_with_a_slip_is_no_mere_hub_name(tmp_path, monkeypatch):
+    write(tmp_path / "reviews.csv", WRITTEN)
+    monkeypatch.chdir(tmp_path)
+    assert refused("reviews.cvs").endswith('Did you mean "reviews.csv"?')
+
+
 @pytest.mark.parametrize("name", ["imdb", "someone/some-dataset"])
 def test_hub_name_without_a_network(name):
     assert f'There is no file or folder "{name}" here, and the Hub cannot be reached' in refused(name)
@@ -513,7 +532,18 @@ def test_splits_must_agree(tmp_path):
     write(tmp_path / "test.csv", "text,label\na,pos\nb,new\n")
     assert "test.csv has labels that the training rows lack: new" in refused(tmp_path)
     write(tmp_path / "test.csv", "text,labels\na,pos\n")
-    assert 'test.csv has no column "label"' in refused(tmp_path)
+    assert 'test.csv has no label column "label". Columns: text, labels. Did you mean "labels"?' in refused(tmp_path)
+    write(tmp_path / "test.csv", "text\na\n")
+    assert "A file without labels is one to predict: move it elsewhere." in refused(tmp_path)
+
+
+def test_copies_of_training_texts_in_other_splits_are_said(tmp_path):
+    write(tmp_path / "train.csv", WRITTEN)
+    new = [{"text": "a new text", "label": "pos"}]
+    write(tmp_path / "test.csv", [{"text": "TEXT, number 3!", "label": "pos"}, *new])
+    write(tmp_path / "dev.csv", new)
+    (note,) = [note for note in load_text_classification(tmp_path).notes if "texts are" in note]
+    assert note.startswith("1 of 2 test texts are training texts too")
 
 
 @pytest.mark.parametrize(

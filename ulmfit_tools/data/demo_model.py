@@ -138,7 +138,7 @@ def _one_line_errors(name: str | Path, online: bool) -> Iterator[None]:
         if not online:
             raise InputError(
                 f'There is no model folder "{name}" here, and the Hub cannot be reached to look for a model of that '
-                f'name. The model of the demo extra is "{DEMO_MODEL}".'
+                f'name. The model of the demo extra is "{DEMO_MODEL}".{nearest_path(Path(name), folders=True)}'
             ) from None
         raise InputError(f'Model "{name}" cannot be loaded as a text classifier: {text[:300]}') from None
 
@@ -184,7 +184,10 @@ def _check_report(name: str, model: PreTrainedModel, report: dict, *, new_head: 
         listed = ", ".join(unknown[:5])
         logger.warning("%d tensors in the checkpoint of %s are not used: %s", len(unknown), name, listed)
     if not new_head and lost:
-        raise InputError(f'Model "{name}" has no trained classifier: {", ".join(sorted(lost)[:3])} are missing.')
+        raise InputError(
+            f'Model "{name}" has no trained classifier: {", ".join(sorted(lost)[:3])} are missing. Fine-tune it '
+            "first, and give the run folder."
+        )
 
 
 def _in_head(key: str, model: PreTrainedModel) -> bool:

@@ -116,7 +116,7 @@ def _label_of(row: dict[str, Any], name: str, path: Path, number: int) -> tuple[
     where = _place(path, number)
     require_column(name, list(row), where)
     if value is None or value != value or isinstance(value, str):
-        raise InputError(f'{where}: the label "{name}" is missing.')
+        raise InputError(f'{where}: the label "{name}" is missing. Remove the row or give it a label.')
     raise InputError(
         f'{where}: "{name}" must be one class: a text, a whole number, or true or false. Received: {_short(value)}'
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
@@ -82,13 +83,14 @@ def load_text_classification(
     label_names = declared or sorted_labels(pc.unique(labels["train"]).to_pylist())
     require_classes(labels, opened.splits)
     made = {name: with_labels(texts[name], labels[name], label_names) for name in texts}
+    notes += _copies(made, columns.text)
     if "validation" not in made and validation_split != 0:
         share = DEFAULT_VALIDATION_SPLIT if validation_split is None else validation_split
         made = _with_validation(made, columns.text, label_names, share, seed)
         rows = len(made["validation"])
         notes.append(
             f"No validation split was given: {rows:,} of {rows + len(made['train']):,} training rows are held out as "
-            f"one (share {share:g}, stratified by class, seed {seed})."
+            f"one (share {share:g} of each class, but at least one row; copies of a text stay together; seed {seed})."
         )
     return _assembled(made, columns, label_names, str(source), notes)
 
@@ -215,8 +217,28 @@ def _read_splits(
 
 def _require_columns(split: Split, columns: Columns) -> None:
     available = list(split.sample())
-    for name in (*columns.text, columns.label):
-        require_column(str(name), available, split.where)
+    for name in columns.text:
+        require_column(name, available, split.where)
+    if columns.label not in available:
+        raise InputError(
+            f'{split.where} has no label column "{columns.label}". Columns: {some(available)}.'
+            f"{nearest(str(columns.label), available)} A file without labels is one to predict: move it elsewhere."
+        )
+
+
+def _copies(made: dict[str, Dataset], text_columns: Sequence[str]) -> list[str]:
+    """Says of splits that were given how many of their texts were trained on too: such scores flatter a model."""
+    given = {name: split for name, split in made.items() if name != "train"}
+    if not given:
+        return []
+    trained = text_groups(made["train"], text_columns)
+    copies = {name: np.isin(text_groups(split, text_columns), trained).sum() for name, split in given.items()}
+    return [
+        f"{count:,} of {len(given[name]):,} {name} texts are training texts too, but for case, spaces and "
+        "punctuation: scores on them say little about new texts."
+        for name, count in copies.items()
+        if count
+    ]
 
 
 def _with_validation(

@@ -82,19 +82,23 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             dialect, separator = _csv_format(path)
             reader = csv.reader(file, dialect, delimiter=separator)
             header = [name.strip() for name in next(reader, [])]
-            _require_distinct(header, path)
+            _require_distinct([name for name in header if name], path)  # spreadsheets write columns without a name
             start = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
+                    fields = f"{len(row)} field{'s' if len(row) > 1 else ''} separated by {separator!r}"
                     raise InputError(
-                        f"{path.name} line {start} has {len(row)} fields where the header has {len(header)}. "
+                        f"{path.name} line {start} has {fields} where the header has {len(header)}. "
                         'Put quotes (") around a text that has a separator in it.'
                     )
                 if row:
                     yield start, dict(zip(header, row, strict=True))
                 start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path.name} line {start} is broken: {error}.") from None
+        raise InputError(
+            f'{path.name} line {start} is broken: {error}. A quote in a quoted text is written twice (""), and each '
+            "quoted text is closed."
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -113,7 +117,9 @@ def _csv_format(path: Path) -> tuple[type[csv.Dialect], str]:
     if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
-        return _Quoted, next((mark for mark in (",", "\t", ";") if mark in header), ",")
+        names = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in (";", "\t", "|", ",")}
+        # The comma comes last: of two that split the header alike, it is the one that stands in a column's name.
+        return _Quoted, max(names, key=names.__getitem__) if max(names.values()) > 1 else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             reader = csv.reader(file, _Quoted, delimiter="\t")
@@ -197,7 +203,8 @@ def readable(path: Path) -> Iterator[None]:
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
                     raise InputError(
-                        f"{path.name} line {number} is not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8."
+                        f"{path.name} line {number} is not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8; "
+                        'spreadsheets call it "CSV UTF-8" or ask for the encoding.'
                     ) from None
         raise
     except OSError as error:

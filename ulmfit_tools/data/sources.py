@@ -134,7 +134,10 @@ class DatasetSplit(Split):
         labels = pc.utf8_trim_whitespace(values.cast(pa.string()))
         missing = pc.fill_null(pc.equal(labels, ""), True)
         if pc.any(missing).as_py():
-            raise InputError(f'{self.where} row {_rows_where(missing)}: the label "{column}" is missing.')
+            raise InputError(
+                f'{self.where} row {_rows_where(missing)}: the label "{column}" is missing. Remove the row or give it '
+                "a label."
+            )
         return labels
 
 
@@ -240,12 +243,14 @@ def _hub_source(name: str, config_name: str | None, revision: str | None) -> Sou
         with hub_or_cache(online):
             loaded = load_dataset(name, config_name, revision=revision)
     except DatasetNotFoundError:
-        raise InputError(f'There is no file or folder "{name}" here, and no such dataset on the Hub.') from None
+        raise InputError(
+            f'There is no file or folder "{name}" here, and no such dataset on the Hub.{nearest_path(Path(name))}'
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         if not online:
             raise InputError(
                 f'There is no file or folder "{name}" here, and the Hub cannot be reached to look for a dataset of '
-                "that name."
+                f"that name.{nearest_path(Path(name))}"
             ) from None
         raise InputError(f'Dataset "{name}" of the Hub cannot be loaded: {" ".join(str(error).split())}') from None
     return _dataset_source(loaded, name)

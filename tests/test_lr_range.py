@@ -474,6 +474,25 @@ def test_frozen_layers_stay_frozen(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.bert.parameters())
 
 
+class Thawing(ULMFiTTrainer):
+    """Thaws a block in the middle, by hand."""
+
+    def training_step(self, model, *args, **kwargs):
+        if self.state.global_step == 3:
+            model.bert.encoder.layer[3].requires_grad_(True)
+        return super().training_step(model, *args, **kwargs)
+
+
+def test_layers_that_the_trainer_thaws_by_itself_are_put_back(tmp_path):
+    model = tiny_bert()
+    freeze_to(model, -1)
+    before, flags = copy.deepcopy(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    args = ULMFiTTrainingArguments(str(tmp_path), **SETTINGS)
+    lr_range_test(Thawing(model, args, train_dataset=token_rows(64)), **SHORT)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
 def test_the_evaluation_loss_is_the_trainers(tmp_path):
     """All 20 evaluation rows in one batch: the loss before any update is that of `evaluate`."""
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=20)

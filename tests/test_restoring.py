@@ -112,6 +112,30 @@ def test_frozen_weights_are_not_copied(monkeypatch):
     assert sum(copied) == trained + sum(b.numel() for b in model.buffers())
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_layers_thawed_on_the_way_are_back(on_disk, tmp_path):
+    """The optimizer holds them from the start, as that of discriminative rates does."""
+    model = WithBuffers()
+    before = snapshot(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with unchanged(model, optimizer, offload_folder=tmp_path if on_disk else None) as rewind:
+        for _ in range(2):
+            for thawed in (False, True, True):
+                model.frozen.requires_grad_(thawed)
+                optimizer.zero_grad()
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizer.step()
+            assert not torch.equal(before["frozen.weight"], model.frozen.weight)
+            rewind()
+            assert same(before, snapshot(model))
+            assert not model.frozen.weight.requires_grad
+    assert same(before, snapshot(model))
+    assert not list(tmp_path.iterdir())
+    model.frozen.requires_grad_(True)
+    train(model)  # outside nothing is kept any more
+    assert not same(before, snapshot(model))
+
+
 def test_an_optimizer_keeps_its_state_rates_and_schedule():
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -21,6 +21,7 @@ from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -37,11 +38,12 @@ def unchanged(
 ) -> Iterator[Callable[[], None]]:
     """Put back, however the `with` block ends, what a training inside it changes.
 
-    That is: the values of trainable parameters and of buffers; gradients, `requires_grad`, modes, hooks and any other
-    attribute of the modules; an optimizer's state, rates and schedule; the random numbers of Python, NumPy and torch
-    on every device, and those of every generator of Python and NumPy in this process. Of the weights that train there
-    is one copy; of frozen ones there is none. An optimizer's state waits where that copy is, not on its device. An
-    interrupt (Ctrl-C) that comes while things are put back waits for it.
+    That is: the values of buffers and of parameters that are trainable, or are thawed before a step of an optimizer
+    changes them; gradients, `requires_grad`, modes, hooks and any other attribute of the modules; an optimizer's
+    state, rates and schedule; the random numbers of Python, NumPy and torch on every device, and those of every
+    generator of Python and NumPy in this process. Of the weights that train there is one copy; of frozen ones there is
+    none. An optimizer's state waits where that copy is, not on its device. An interrupt (Ctrl-C) that comes while
+    things are put back waits for it.
 
     Args:
         model: The model as it is inside DDP and other wrappers.
@@ -104,7 +106,7 @@ def _interrupts_wait() -> Iterator[None]:
 @contextmanager
 def _copies(tensors: dict[Any, torch.Tensor], offload_folder: str | Path | None) -> Iterator[dict[Any, torch.Tensor]]:
     """Copies of tensors in the host's memory, or in a file as long as the block lasts."""
-    if offload_folder is None or not tensors:
+    if offload_folder is None:
         yield {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return
     with tempfile.TemporaryDirectory(dir=offload_folder) as folder:
@@ -115,9 +117,22 @@ def _copies(tensors: dict[Any, torch.Tensor], offload_folder: str | Path | None)
 
 @contextmanager
 def _tensors(model: nn.Module, offload_folder: str | Path | None) -> Iterator[Restore]:
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = trained | dict(model.named_buffers())
-    with _copies(tensors, offload_folder) as saved:
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    saved: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+
+        def keep(new: dict[str, torch.Tensor]) -> None:
+            if new:
+                saved.update(stack.enter_context(_copies(new, offload_folder)))
+                tensors.update(new)
+
+        def trainable() -> dict[str, torch.Tensor]:
+            return {name: one for name, one in parameters.items() if one.requires_grad and name not in tensors}
+
+        keep(trainable() | dict(model.named_buffers()))
+        # A trainer's own step may thaw layers.
+        stack.callback(register_optimizer_step_pre_hook(lambda *_: keep(trainable())).remove)
 
         @torch.no_grad()
         def restore() -> None:
@@ -131,9 +146,9 @@ def _tensors(model: nn.Module, offload_folder: str | Path | None) -> Iterator[Re
 def _state_away(optimizers: Iterable[Optimizer], offload_folder: str | Path | None) -> Iterator[None]:
     """Take the tensors of optimizers' states from where they are; the same tensors get their numbers back.
 
-    A training without them makes its own, and there is not always room for both on a device. Left where they are: what
-    is in the host's memory already and is to stay there, parts of larger tensors, and special kinds of tensors, as those
-    of bitsandbytes that are paged.
+    A training without them makes its own, and there is not always room for both on a device. Left where they are:
+    what is in the host's memory already and is to stay there, parts of larger tensors, and special kinds of tensors,
+    as those that bitsandbytes pages.
     """
     states = [values for optimizer in optimizers for values in optimizer.state.values() if isinstance(values, dict)]
     tensors = {
@@ -145,6 +160,9 @@ def _state_away(optimizers: Iterable[Optimizer], offload_folder: str | Path | No
         and value.nbytes == value.untyped_storage().nbytes()
         and (offload_folder is not None or value.device.type != "cpu")
     }
+    if not tensors:
+        yield
+        return
     devices = {key: tensor.device for key, tensor in tensors.items()}
     with _copies(tensors, offload_folder) as saved:
         try:

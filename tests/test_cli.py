@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
 
-from ulmfit_tools import InputError, LRCurve, cli, inference
+from ulmfit_tools import FineTuningPlan, InputError, LRCurve, cli, inference, load_text_classification
 from ulmfit_tools.activation_store import Entry, build
 from ulmfit_tools.cli import main
+from ulmfit_tools.cli_flags import GroupFlags, TrainFlags
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
@@ -123,6 +124,10 @@ def test_groups_prints_every_group_with_its_rate(model, capsys):
     assert "100.0%" in out
 
 
+def test_groups_shows_the_rates_of_the_default_plan():
+    assert GroupFlags().learning_rate == FineTuningPlan.load(TrainFlags().plan).settings["learning_rate"]
+
+
 def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
     picture, curve = tmp_path / "curve.png", tmp_path / "curve.json"
     files = ["--plot", str(picture), "--json", str(curve)]
@@ -217,6 +222,25 @@ def test_config_file_serves_and_flags_win(model, data, tmp_path):
     assert record["settings"]["learning_rate"] == 4e-3  # flag over file
     assert record["settings"]["num_train_epochs"] == 1  # file over plan
     assert record["settings"]["per_device_train_batch_size"] == 8  # plan over default
+
+
+def test_the_seed_of_a_plan_decides_what_is_held_out(model, tmp_path):
+    plan = tmp_path / "seeded.yaml"
+    plan.write_text("name: seeded\nsettings: {seed: 7}\nphases:\n  - {name: head, train: head, steps: 1}\n")
+    texts = write_csv(tmp_path / "texts.csv", colour_texts(48))
+    flags = ["--model", model, "--dataset", str(texts), "--plan", str(plan), "--use_cpu"]
+    for seed, more in ((7, []), (9, ["--seed", "9"])):
+        folder = tmp_path / f"run{seed}"
+        assert main(["train", *flags, "--output_dir", str(folder), *more]) == 0
+        record = json.loads((folder / "run.json").read_text())
+        assert record["data"]["fingerprint"] == load_text_classification(texts, seed=seed).fingerprint
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_data_are_described_by_the_main_process_alone(trained, model, data, capsys, monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    assert main(["train", "--model", model, "--dataset", data, "--output_dir", str(trained), "--use_cpu"]) == 2
+    assert capsys.readouterr().out.count("train 192") == (rank == 0)
 
 
 def test_resume_of_a_complete_run_does_nothing(trained, model, data):

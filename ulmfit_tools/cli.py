@@ -46,7 +46,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
 
     classes = [ModelFlags, DataFlags, TrainFlags, ULMFiTTrainingArguments]
     argv = [*as_flags(settings or {}), *config_flags(argv), *argv]
-    given = parse("train", classes, argv, _first_line(train))
+    given = parse("train", classes, argv, f"{_first_line(train)} What the plan sets wins over the defaults shown.")
     model, data_flags, flags = (defaults(c, given) for c in (ModelFlags, DataFlags, TrainFlags))
     need("train", model, "model")
     need("train", data_flags, "dataset")
@@ -60,7 +60,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
         text_columns=data_flags.text_column,
         label_column=data_flags.label_column,
         validation_split=flags.validation_split,
-        seed=training.get("seed", 42),
+        seed=training.get("seed", plan.settings.get("seed", 42)),
     )
     if _main_process():
         print_data(data)
@@ -278,9 +278,10 @@ def _first_line(command: Callable) -> str:
 
 
 def _main_process() -> bool:
-    from accelerate import PartialState
+    """By the launcher's word: Accelerate's state, asked before the training arguments, takes CPUs for one process."""
+    from accelerate.utils import get_cpu_distributed_information
 
-    return PartialState().is_main_process
+    return get_cpu_distributed_information().rank == 0  # of any launcher and device, whatever its name says
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -79,7 +79,7 @@ class RangeFlags:
 class GroupFlags:
     """The rates that `groups` shows."""
 
-    learning_rate: float = _help("Rate of the last group.", 3e-4)
+    learning_rate: float = _help("Rate of the last group. By default that of the default plan.", 4e-4)
     learning_rate_low: float | None = _help("Rate of the first group: geometric spacing in between.")
     discriminative_factor: float | None = _help("Each group's rate is the next one's divided by this.")
     num_layer_groups: int | None = _help("Merge the groups into this many.")

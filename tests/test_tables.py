@@ -1,5 +1,6 @@
 """Tables in the terminal: what comes from the user is printed as it is."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,16 @@ def test_groups_add_up_to_all_parameters(capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " all " in line]
     assert f" {total:,} " in line
     assert " 100.0% " in line
+
+
+def test_scores_stand_beside_those_of_the_commonest_label(capsys):
+    """0.75 is nothing where three of four rows have one label; it is the training rows that say which."""
+    train = Dataset.from_dict({"text": list("abcd"), "labels": [1, 1, 1, 0]})
+    validation = Dataset.from_dict({"text": list("efgh"), "labels": [0, 1, 1, 1]})
+    splits = DatasetDict({"train": train, "validation": validation})
+    metrics = {"validation": {"accuracy": 0.75, "f1_macro": 0.4286}}
+    print_result(PlanResult(Path("run"), "plan", [PHASE], metrics, 1.0), dataclasses.replace(DATA, splits=splits))
+    printed = capsys.readouterr().out
+    assert "validation, always 'other' │   0.7500 │" in printed
+    print_result(PlanResult(Path("run"), "plan", [PHASE], {}, 1.0), DATA)
+    assert "F1 weighted" not in capsys.readouterr().out  # no table without a row

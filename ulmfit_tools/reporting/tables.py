@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -62,6 +63,12 @@ def print_result(result: PlanResult, data: TextClassificationData) -> None:
         table.add_row(*_phase_row(phase))
     console = _console()
     console.print(table)
+    if result.metrics:  # there are none where nothing was held out
+        console.print(_scores(result, data))
+    console.print(f"The model is in {result.output_dir} ({result.seconds:.0f} s of training).", soft_wrap=True)
+
+
+def _scores(result: PlanResult, data: TextClassificationData) -> Table:
     scores = Table(title="Result")
     scores.add_column("split")
     for name in ("accuracy", "F1 macro", "F1 weighted", "MCC"):
@@ -69,19 +76,24 @@ def print_result(result: PlanResult, data: TextClassificationData) -> None:
     for split, metrics in result.metrics.items():
         values = [metrics.get(key) for key in ("accuracy", "f1_macro", "f1_weighted", "mcc")]
         scores.add_row(split, *["" if value is None else f"{value:.4f}" for value in values])
-    for name, accuracy in _references(data).items():
+    for name, accuracy in _references(list(result.metrics), data).items():
         scores.add_row(name, f"{accuracy:.4f}", "", "", "", style="dim")
-    console.print(scores)
-    console.print(f"The model is in {result.output_dir} ({result.seconds:.0f} s of training).", soft_wrap=True)
+    return scores
 
 
-def _references(data: TextClassificationData) -> dict[str, float]:
-    """What simpler classifiers reach on the test split: TF-IDF with logistic regression on the embedded data."""
-    if data.source != "stdlib-docs":
-        return {}
-    from ulmfit_tools.data import tfidf_baseline
+def _references(splits: Sequence[str], data: TextClassificationData) -> dict[str, float]:
+    """Accuracy of simpler classifiers: the commonest training label always; on the embedded data TF-IDF with logistic
+    regression.
+    """
+    labels = {name: np.asarray(data.splits[name]["labels"]) for name in ("train", *splits)}
+    commonest = int(np.bincount(labels["train"]).argmax())
+    label = data.label_names[commonest]
+    found = {f"{name}, always '{label}'": float(np.mean(labels[name] == commonest)) for name in splits}
+    if data.source == "stdlib-docs":
+        from ulmfit_tools.data import tfidf_baseline
 
-    return {"test, TF-IDF + logistic regression": tfidf_baseline(data.splits)}
+        found["test, TF-IDF + logistic regression"] = tfidf_baseline(data.splits)
+    return found
 
 
 def _phase_row(phase: PhaseResult) -> list[str]:

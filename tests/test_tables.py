@@ -49,6 +49,11 @@ EXPECTED = {
 }
 
 
+def test_a_note_is_one_line_of_a_log(capsys):
+    print_notes(["word " * 60])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 @pytest.mark.parametrize("table", PRINTED)
 def test_brackets_and_colons_are_printed_as_they_are(table, capsys):
     PRINTED[table]()

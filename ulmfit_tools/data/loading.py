@@ -90,7 +90,7 @@ def load_text_classification(
         rows = len(made["validation"])
         notes.append(
             f"No validation split was given: {rows:,} of {rows + len(made['train']):,} training rows are held out as "
-            f"one (share {share:g} of each class, but at least one row; copies of a text stay together; seed {seed})."
+            f"one (share {share:g} of each class, at least one row; copies of a text stay together; seed {seed})."
         )
     return _assembled(made, columns, label_names, str(source), notes)
 

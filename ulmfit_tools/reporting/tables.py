@@ -42,14 +42,14 @@ def print_data(data: TextClassificationData) -> None:
     labels = ", ".join(data.label_names[:8]) + (", ..." if len(data.label_names) > 8 else "")
     console = _console()
     summary = f": {sizes} rows; {len(data.label_names)} labels: {labels}"
-    console.print(Text.assemble((data.source, "bold"), summary))
+    console.print(Text.assemble((data.source, "bold"), summary), soft_wrap=True)
     print_notes(data.notes)
 
 
 def print_notes(notes: Sequence[str]) -> None:
     """What was decided for the user, a line each."""
     for note in notes:
-        _console().print(f"  {note}", style="dim")
+        _console().print(f"  {note}", style="dim", soft_wrap=True)
 
 
 def print_result(result: PlanResult, data: TextClassificationData) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_bert
+from tiny_plans import TWO_PHASES, Stop, StopAt, run, same, weights
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, tiny_tokenizer, write_csv
 from transformers import TrainerCallback, pipeline
 
-from ulmfit_tools import FineTuningPlan, InputError, LRCurve, Phase, UntilOverfit, load_text_classification, run_plan
+from ulmfit_tools import FineTuningPlan, InputError, LRCurve, Phase, UntilOverfit, load_text_classification
 from ulmfit_tools.data.augmentation import Augmentation
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.plans.settings import run_arguments
@@ -28,26 +29,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return str(colour_folder(tmp_path_factory.mktemp("data")))
-
-
-TWO_PHASES = FineTuningPlan(
-    name="two",
-    settings={"learning_rate": 1e-2, "per_device_train_batch_size": 16},
-    phases=[Phase(name="head", train="head", epochs=1), Phase(name="all", epochs=2)],
-)
-
-
-def run(plan, model, data, folder, **more):
-    settings = {"use_cpu": True, "disable_tqdm": True, "seed": 3} | more
-    return run_plan(plan, model=model, data=data, output_dir=folder, **settings)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -140,22 +121,6 @@ def test_overwrite_starts_anew(whole, model, data, tmp_path):
     plan = FineTuningPlan(name="short", phases=[Phase(name="a", train="head", steps=1)])
     assert run(plan, model, data, tmp_path / "run", overwrite=True).plan == "short"
     assert [path.name for path in (tmp_path / "run/phases").iterdir()] == ["01-a"]
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """Raises in the given phase (named by its folder) at the given step, as a crash would."""
-
-    def __init__(self, phase, step, event="on_step_end"):
-        self.phase, self.step = phase, step
-        setattr(self, event, self.stop)
-
-    def stop(self, args, state, control, **kwargs):
-        if args.output_dir.endswith(self.phase) and state.global_step == self.step:
-            raise Stop
 
 
 @pytest.mark.parametrize(

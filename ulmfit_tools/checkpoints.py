@@ -331,19 +331,23 @@ def _set_aside(folder: Path) -> Path:
     return aside
 
 
-def clean_up(folder: str | Path) -> None:
+def clean_up(folder: str | Path, names: str = "checkpoint-*") -> None:
     """Finish what a killed process left behind in a run's folder.
 
     A staging folder that is whole (the process was killed between writing and renaming it) becomes the checkpoint
     that it was to be, unless there is one; any other is removed, and so is a checkpoint that was being deleted.
+
+    Args:
+        folder: The run's folder.
+        names: Which of the folders in it were written by `whole_folder` or deleted by `delete_folder`.
     """
-    for leftover in Path(folder).glob(f"{STAGING}checkpoint-*"):
+    for leftover in Path(folder).glob(f"{STAGING}{names}"):
         name = leftover.name.removeprefix(STAGING)
         target, staging = leftover.with_name(name), leftover / name
         if staging.is_dir() and not target.exists() and not verify(staging):
             _put_in_place(staging, target)
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in Path(folder).glob(f"{_DELETED}checkpoint-*"):
+    for leftover in Path(folder).glob(f"{_DELETED}{names}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

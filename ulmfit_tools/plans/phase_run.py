@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from transformers.utils import logging
 
 from ulmfit_tools.callbacks import StopWhenOverfit
-from ulmfit_tools.checkpoints import NoGoodCheckpoint, clean_up, delete_folder, list_checkpoints, whole_folder
+from ulmfit_tools.checkpoints import NoGoodCheckpoint, clean_up, list_checkpoints, whole_folder
 from ulmfit_tools.data.augmentation import augmented
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.evaluations import Cycles, is_last_of_cycle
@@ -21,6 +21,7 @@ from ulmfit_tools.freezing import set_trainable, trainable_names
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.lr_range import find_learning_rate, set_learning_rate
 from ulmfit_tools.param_groups import group_learning_rates
+from ulmfit_tools.plans.handover import handed_on, tidy
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.record import RunFolder
 from ulmfit_tools.plans.results import PhaseResult, clean_metrics
@@ -132,14 +133,14 @@ def run_phase(job: Job, index: int, trainer: ULMFiTTrainer, before: PhaseResult 
         precomputed=None if report is None else dataclasses.asdict(report),
     )
     if trainer.args.should_save:
-        with whole_folder(here / "model") as staging:
+        with whole_folder(handed_on(job.folder, job.phases, index)) as staging:
             trainer.save_model(str(staging))
         trainer.save_state()
         values = dataclasses.asdict(result)
         job.folder.write_phase_state(
             index, phase.name, {"status": "done", "seconds": result.seconds, "result": values}
         )
-        _tidy(job, index)
+        tidy(job.folder, job.phases, index)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -226,17 +227,6 @@ def _kept_metrics(trainer: ULMFiTTrainer) -> dict[str, float]:
     step = trainer.state.best_global_step if best else trainer.state.global_step
     logged = [entry for entry in trainer.state.log_history if entry.get("step") == step and "eval_loss" in entry]
     return clean_metrics(logged[-1] if logged else trainer.evaluate())
-
-
-def _tidy(job: Job, index: int) -> None:
-    """Remove what this phase's result makes needless: its checkpoints, and the weights that it started from."""
-    done = job.folder.phase_folder(index, job.phases[index].name)
-    for checkpoint in list_checkpoints(done):
-        delete_folder(checkpoint)
-    if index > 0:
-        before = job.folder.phase_folder(index - 1, job.phases[index - 1].name)
-        if (before / "model").is_dir():
-            delete_folder(before / "model")
 
 
 def trains(job: Job, phase: Phase) -> tuple[tuple[str, ...], str]:

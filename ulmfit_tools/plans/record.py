@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ulmfit_tools.checkpoints import STAGING, delete_folder, write_json
+from ulmfit_tools.checkpoints import STAGING, clean_up, delete_folder, write_json
 from ulmfit_tools.errors import InputError
 
 _LIBRARIES = ("ulmfit_tools", "torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
@@ -31,6 +31,11 @@ _NEUTRAL = {
     "skip_memory_metrics", "include_num_input_tokens_seen", "ddp_timeout", "local_rank", "push_to_hub", "hub_token",
     "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
 }  # fmt: skip
+
+
+# What `run.json` holds beside the versions. Where a fingerprint is the same, how the path was spelt is of no account.
+_PARTS = ("plan", "settings", "data", "model", "processes")
+_SPELLINGS = (("data", "source"), ("model", "name"))
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,41 @@ class RunFolder:
         """The folder of the phase with this 0-based index."""
         return self.path / "phases" / f"{index + 1:02d}-{name}"
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, or None where it is not there."""
+    def read(self, name: str, *keys: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where it is not there.
+
+        Args:
+            name: The file.
+            keys: What must be in it, since this tool puts it there.
+
+        Raises:
+            InputError: It cannot be read, or lacks a key.
+        """
         file = self.path / name
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read ({error}): the run folder was changed from outside") from None
+            raise InputError(
+                f"{file} cannot be read ({error}): the run folder was changed from outside. Put the file back, or "
+                "move it elsewhere"
+            ) from None
+        if keys and not (isinstance(content, dict) and set(keys) <= set(content)):
+            raise InputError(
+                f"{file} is not what this tool writes under that name: choose another --output_dir, or move the file "
+                "elsewhere"
+            )
+        return content
+
+    def record(self) -> dict[str, Any] | None:
+        """`run.json`, or None where there is none."""
+        return self.read("run.json", *_PARTS)
 
     def phase_state(self, index: int, name: str) -> dict[str, Any]:
         """What `phase.json` says, `{"status": "new", ...}` where there is none."""
-        state = self.read(str(self.phase_folder(index, name).relative_to(self.path) / "phase.json"))
-        return state or {"status": "new", "seconds": 0.0}
+        file = self.phase_folder(index, name).relative_to(self.path) / "phase.json"
+        return self.read(str(file), "status", "seconds") or {"status": "new", "seconds": 0.0}
 
     def write_phase_state(self, index: int, name: str, state: dict[str, Any]) -> None:
         """Replace `phase.json` in one step: it is there whole, or the old one is."""
@@ -86,7 +112,7 @@ def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool
     """
     if resume and overwrite:
         raise InputError("--resume goes on with the run in a folder and --overwrite deletes it: give one of them")
-    old = folder.read("run.json")
+    old = folder.record()
     if overwrite:
         return
     if old is None:
@@ -102,8 +128,11 @@ def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool
             f"{folder.path} holds a run already (plan '{old['plan']['name']}'): add --resume to go on with it, "
             "--overwrite to delete it, or choose another --output_dir"
         )
-    compared = set(description) - {"versions"}
-    changes = differences({k: old.get(k) for k in compared}, {k: description[k] for k in compared})
+    then, now = ({part: values[part] for part in _PARTS} for values in (old, description))
+    for part, spelling in _SPELLINGS:
+        if then[part].get("fingerprint") == now[part]["fingerprint"]:
+            then[part] = then[part] | {spelling: now[part][spelling]}
+    changes = differences(then, now)
     if changes:
         raise InputError(f"{folder.path} cannot be resumed, since it was made otherwise: {'; '.join(changes)}")
 
@@ -134,9 +163,11 @@ def start_folder(folder: RunFolder, description: dict[str, Any], *, overwrite: b
 
     Its record goes last: stopped before, the folder still holds that run, which has not begun.
     """
+    if folder.record() is not None:
+        clean_up(folder.path, "phases")  # an earlier call may have been killed while it deleted them
     if overwrite:
         (folder.path / "results.json").unlink(missing_ok=True)  # whosever it is, it would stand for this run's
-    if overwrite and folder.read("run.json") is not None:
+    if overwrite and folder.record() is not None:
         for pattern in ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"):
             for file in folder.path.glob(pattern):
                 file.unlink()
@@ -144,5 +175,5 @@ def start_folder(folder: RunFolder, description: dict[str, Any], *, overwrite: b
             delete_folder(folder.path / "phases")
         (folder.path / "run.json").unlink()
     os.makedirs(folder.path, exist_ok=True)
-    if folder.read("run.json") is None:
+    if folder.record() is None:
         write_json(folder.path / "run.json", description)

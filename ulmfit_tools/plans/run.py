@@ -1,14 +1,11 @@
 """Running a plan: its phases in order, each in its own folder, recorded so that the same call goes on anywhere."""
 
 import dataclasses
-import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
@@ -18,9 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ulmfit_tools.checkpoints import (
-    write_json,
-)
+from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.data import (
     TextClassificationData,
     ensure_padding,
@@ -33,6 +28,8 @@ from ulmfit_tools.freezing import trainable_names
 from ulmfit_tools.layers import LayerGroups, layer_groups
 from ulmfit_tools.lr_range import check_rows
 from ulmfit_tools.metrics import classification_metrics
+from ulmfit_tools.plans.handover import go_on_after, handed_on, phases_to_keep, tidy_complete
+from ulmfit_tools.plans.identity import describe_data, describe_model
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.phase_run import Job, phase_trainer, release, run_phase, trains
 from ulmfit_tools.plans.plan import FineTuningPlan
@@ -107,19 +104,23 @@ def run_plan(
         _check_phase(phase, its_args, classifier, groups, data)
         if phase.augment is not None:
             phase.augment.check_tokenizer(tokenizer, pairs=len(data.text_columns) > 1)
-    described = {"name": model_name, "fingerprint": _fingerprint(classifier), "groups": list(groups.names)}
     settings = args.to_dict() | {"max_length": max_length}
-    description = describe_run(plan.to_dict(), settings, _describe_data(data), described, args.world_size)
+    described = {"name": model_name, **describe_model(classifier, tokenizer, groups)}
+    description = describe_run(plan.to_dict(), settings, describe_data(data), described, args.world_size)
     state = PartialState()
     check_folder(folder, description, resume=resume, overwrite=overwrite)
+    finished = None if overwrite else folder.read("results.json", "plan", "phases", "metrics", "seconds")
+    kept = 0 if overwrite or finished else phases_to_keep(folder, phases)
     state.wait_for_everyone()  # every process has looked before the first one writes
-    finished = None if overwrite else folder.read("results.json")
     if finished is not None:
+        if state.is_main_process:
+            tidy_complete(folder, phases)
         logger.warning(f"The run in {folder.path} is complete: nothing to do.")
         return PlanResult.from_dict(folder.path, finished)
     _try_trainer(classifier, phase_args[0])
     if state.is_main_process:
         start_folder(folder, description, overwrite=overwrite)
+        go_on_after(folder, phases, kept)
     state.wait_for_everyone()
     with state.main_process_first():  # the others read what it left in the cache
         splits = tokenize(data, tokenizer, max_length=max_length, config=classifier.config)
@@ -130,16 +131,6 @@ def run_plan(
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-
-
-def _describe_data(data: TextClassificationData) -> dict[str, Any]:
-    return {
-        "source": data.source,
-        "fingerprint": data.fingerprint,
-        "rows": {name: len(split) for name, split in data.splits.items()},
-        "text_columns": list(data.text_columns),
-        "label_names": list(data.label_names),
-    }
 
 
 def _get_model(
@@ -202,24 +193,14 @@ def _try_trainer(model: PreTrainedModel, args: ULMFiTTrainingArguments) -> None:
             raise InputError(f"Training arguments: {' '.join(str(error).split())}") from error
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over names and bytes of all weights: the start of the run, to the bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _run_phases(job: Job, plan_name: str) -> PlanResult:
     results: list[PhaseResult] = []
     weights: Path | None = None  # where the weights lie that the next phase starts from; None: they are in the model
     trainer = None
     for index, phase in enumerate(job.phases):
         state = job.folder.phase_state(index, phase.name)
-        here = job.folder.phase_folder(index, phase.name)
         if state["status"] == "done":
-            weights = here / "model"
+            weights = handed_on(job.folder, job.phases, index)
             results.append(_result(phase, state["result"]))
             continue
         if trainer is not None:
@@ -234,7 +215,7 @@ def _run_phases(job: Job, plan_name: str) -> PlanResult:
         weights = None
     if trainer is None:  # every phase was done, and the run was stopped before its last lines
         trainer = phase_trainer(job, len(job.phases) - 1)
-        trainer.load_weights(here / "model")
+        trainer.load_weights(handed_on(job.folder, job.phases, len(job.phases) - 1))
     return _finish(job, plan_name, trainer, results)
 
 
@@ -254,8 +235,7 @@ def _finish(job: Job, plan_name: str, trainer: ULMFiTTrainer, results: list[Phas
     if trainer.args.should_save:
         trainer.save_model(str(job.folder.path))
         write_json(job.folder.path / "results.json", result.to_dict())
-        last = len(job.phases) - 1
-        shutil.rmtree(job.folder.phase_folder(last, job.phases[last].name) / "model", ignore_errors=True)
+        tidy_complete(job.folder, job.phases)
     trainer.accelerator.wait_for_everyone()
     release(trainer)
     return result

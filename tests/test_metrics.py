@@ -82,6 +82,15 @@ def test_classification_metrics_of_a_trainer(form):
     assert all(type(value) is float for value in found.values())
 
 
+@pytest.mark.parametrize("with_states", [False, True])
+def test_for_trainer_that_hands_batches_out(with_states):
+    """As with `eval_do_concat_batches=False`."""
+    whole = classification_metrics(EvalPrediction(logits(PREDICTIONS), np.array(REFERENCES)))
+    batches = np.array_split(logits(PREDICTIONS), [4, 8])
+    found = [(batch, np.zeros(3)) for batch in batches] if with_states else batches
+    assert classification_metrics(EvalPrediction(found, np.array_split(REFERENCES, [4, 8]))) == whole
+
+
 def test_batches_add_up():
     metric = Accuracy()
     for start in range(0, 10, 3):

@@ -3,6 +3,7 @@ import inspect
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from architectures import tiny_model
@@ -260,6 +261,44 @@ class TestDataOrder:
         rows = ragged_rows(12, seed=1)
         output = make_trainer(tmp_path, plain=True).predict(rows)
         assert output.label_ids.tolist() != [row["labels"] for row in rows]
+
+    ROWS = ragged_rows(12, seed=1)
+    IN_BATCHES = ({"eval_do_concat_batches": False}, {"batch_eval_metrics": True})
+
+    @pytest.mark.parametrize("settings", [{}, *IN_BATCHES, {"dataloader_drop_last": True}])
+    def test_whoever_sees_the_rows_sees_them_in_their_order(self, tmp_path, settings):
+        seen = []
+
+        def compute_metrics(prediction, compute_result=True):
+            labels = prediction.label_ids
+            seen.extend(np.concatenate(labels) if isinstance(labels, list) else labels)
+            return {}
+
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=5, **settings)
+        trainer.compute_metrics = compute_metrics
+        trainer.evaluate(self.ROWS)
+        rows = self.ROWS[:10] if "dataloader_drop_last" in settings else self.ROWS
+        assert [int(label) for label in seen] == [row["labels"] for row in rows]
+        predicted = trainer.predict(self.ROWS).predictions
+        predicted = np.concatenate(predicted) if isinstance(predicted, list) else predicted
+        with torch.no_grad():
+            alone = [trainer.model(**pad_rows([row])).logits[0] for row in rows]
+        assert torch.allclose(torch.tensor(predicted), torch.stack(alone), atol=1e-5)
+        assert trainer.compute_metrics is compute_metrics
+
+    def test_inputs_and_losses_go_with_their_rows(self, tmp_path):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=1, include_for_metrics=["inputs", "loss"])
+        seen = []
+        trainer.compute_metrics = lambda found: seen.append(found) or {}
+        trainer.evaluate(self.ROWS)
+        for row, ids, loss in zip(self.ROWS, seen[0].inputs, seen[0].losses, strict=True):
+            assert ids[: len(row["input_ids"])].tolist() == row["input_ids"]
+            assert trainer.model(**pad_rows([row])).loss.item() == pytest.approx(float(loss), abs=1e-5)
+
+    def test_what_is_one_value_a_batch_stays_as_it_is(self, tmp_path):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=5)
+        trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.mean().reshape(1)
+        assert len(trainer.predict(self.ROWS).predictions) == 3
 
     def test_predictions_of_several_arrays(self, tmp_path):
         model = tiny_bert(num_hidden_layers=2, output_hidden_states=True)

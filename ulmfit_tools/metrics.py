@@ -83,15 +83,17 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """What `Trainer(compute_metrics=...)` wants: accuracy, macro and weighted F1, and Matthews correlation.
 
     Args:
-        prediction: Logits of shape (rows, classes), or a tuple that starts with them, and true classes, shape (rows,).
+        prediction: Logits of shape (rows, classes), or a tuple that starts with them, and true classes, shape (rows,);
+            a list of each, one for each batch, where `eval_do_concat_batches` is off.
 
     Returns:
         `accuracy`, `f1_macro`, `f1_weighted` and `mcc`.
     """
-    logits = prediction.predictions
-    if isinstance(logits, tuple):
-        logits = logits[0]  # models that also return hidden states give them behind the logits
-    pair = {"predictions": np.argmax(logits, axis=-1), "references": prediction.label_ids}
+    in_batches = isinstance(prediction.predictions, list)
+    found, labels = ([one] if not in_batches else one for one in (prediction.predictions, prediction.label_ids))
+    # Models that also return hidden states give them behind the logits.
+    logits = np.concatenate([batch[0] if isinstance(batch, tuple) else batch for batch in found])
+    pair = {"predictions": np.argmax(logits, axis=-1), "references": np.concatenate(labels)}
     f1 = F1()
     return {
         "accuracy": Accuracy().compute(**pair)["accuracy"],

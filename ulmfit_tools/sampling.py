@@ -73,6 +73,14 @@ class LongestFirstSampler(Sampler[int]):
         return iter(self.order)
 
 
+def evaluation_order(dataloader: Any) -> list[int] | None:
+    """The rows in the order in which a data loader has `LongestFirstSampler` give them; None for any other loader."""
+    batches = getattr(dataloader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)  # Accelerate deals the batches out to several processes
+    sampler = getattr(batches, "sampler", None)
+    return sampler.order if isinstance(sampler, LongestFirstSampler) else None
+
+
 class EpochLengthGroupedSampler(Sampler[int]):
     """Yields the rows in `length_grouped_order`; another order each epoch, the same for the same seed and epoch.
 

@@ -14,9 +14,9 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from ulmfit_tools import checkpoints
@@ -26,7 +26,7 @@ from ulmfit_tools.gradual_unfreezing import undo_unfreezing
 from ulmfit_tools.losses import loss_counts_items
 from ulmfit_tools.param_groups import discriminative_optimizer, group_learning_rates
 from ulmfit_tools.resuming import RunKeeper, TrainingInterrupted, parameter_names, write_record
-from ulmfit_tools.sampling import EpochLengthGroupedSampler, LongestFirstSampler, row_lengths
+from ulmfit_tools.sampling import EpochLengthGroupedSampler, LongestFirstSampler, evaluation_order, row_lengths
 from ulmfit_tools.schedules import SCHEDULES, get_schedule
 from ulmfit_tools.training_args import ULMFiTTrainingArguments
 
@@ -45,7 +45,8 @@ class ULMFiTTrainer(Trainer):
       `optimizer_of_arguments(args, trainable_only=True)` gives one for a run in which nothing is thawed;
     - the schedule can be any of `ulmfit_tools.schedules.SCHEDULES`;
     - `train_sampling_strategy="group_by_length"` gives every epoch an order that depends on nothing but the seed and
-      the epoch, and evaluates the longest texts first; `predict` gives its rows back in their own order;
+      the epoch, and evaluates the longest texts first; `compute_metrics` and `predict` still have the rows in their
+      own order (with `eval_do_concat_batches=False`, `batch_eval_metrics` or `dataloader_drop_last` none is sorted);
     - checkpoints are written whole, and resuming takes the last one that is good;
     - a run that starts afresh moves the checkpoints that are in its folder into `earlier-run-1` there, and says so;
     - accumulated batches are averaged, where Trainer adds the gradients of most classifiers up;
@@ -169,6 +170,9 @@ class ULMFiTTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
+        args = self.args
+        if args.batch_eval_metrics or not args.eval_do_concat_batches or args.dataloader_drop_last:
+            return SequentialSampler(eval_dataset)  # someone sees which rows are in which batch
         return LongestFirstSampler(row_lengths(eval_dataset, self._counted_column))
 
     @property
@@ -183,14 +187,25 @@ class ULMFiTTrainer(Trainer):
             dataloader.set_sampler(dealt_out.sampler)
         return dataloader
 
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """As `Trainer.predict`; row i of the result belongs to row i of the dataset, also with length grouping."""
-        output = super().predict(test_dataset, *args, **kwargs)
-        sampler = self._get_eval_sampler(test_dataset) if has_length(test_dataset) else None
-        if not isinstance(sampler, LongestFirstSampler):
-            return output
-        back = np.argsort(sampler.order)
-        return output._replace(predictions=_take(output.predictions, back), label_ids=_take(output.label_ids, back))
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; what goes to `compute_metrics` and to who calls it is in the dataset's own order."""
+        order, given = evaluation_order(dataloader), self.compute_metrics
+        if order is None:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+        def compute_metrics(found: EvalPrediction) -> dict[str, float]:
+            assert given is not None
+            return given(
+                EvalPrediction(*_in_order(order, found.predictions, found.label_ids, found.inputs, found.losses))
+            )
+
+        self.compute_metrics = given and compute_metrics
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.compute_metrics = given
+        predictions, label_ids = _in_order(order, output.predictions, output.label_ids)
+        return output._replace(predictions=predictions, label_ids=label_ids)
 
     # Training, stopped and resumed
 
@@ -385,10 +400,16 @@ def _make_room(folder: Path, resumed: Path | None) -> None:
         )
 
 
+def _in_order(order: list[int], *evaluated: Any) -> list[Any]:
+    """What an evaluation in some order found, in the order of the dataset."""
+    back = np.argsort(order)
+    return [_take(values, back) for values in evaluated]
+
+
 def _take(values: Any, rows: np.ndarray) -> Any:
-    """Rows of an array, or of each array in a tuple or a dictionary of them."""
+    """Rows of an array, or of each array in a tuple or a dictionary of them; one of fewer rows is about batches."""
     if isinstance(values, (tuple, list)):
         return type(values)(_take(value, rows) for value in values)
     if isinstance(values, dict):
         return {name: _take(value, rows) for name, value in values.items()}
-    return None if values is None else values[rows]
+    return values if values is None or len(values) < len(rows) else values[rows]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -237,8 +238,9 @@ def test_the_seed_of_a_plan_decides_what_is_held_out(model, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_data_are_described_by_the_main_process_alone(trained, model, data, capsys, monkeypatch, rank):
+def test_the_data_are_described_by_the_main_process_alone(trained, model, data, capsys, monkeypatch, request, rank):
     monkeypatch.setenv("RANK", str(rank))
+    request.addfinalizer(lambda: logging.getLogger("ulmfit_tools").setLevel(logging.NOTSET))  # `run` lowers it
     assert main(["train", "--model", model, "--dataset", data, "--output_dir", str(trained), "--use_cpu"]) == 2
     assert capsys.readouterr().out.count("train 192") == (rank == 0)
 

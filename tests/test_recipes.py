@@ -50,9 +50,9 @@ def test_fine_tune_in_two_processes(model, data, tmp_path):
     config = RECIPES / "accelerate_configs" / "two_cpu_processes.yaml"
     flags = ["--model", model, "--dataset", data, "--use_cpu", "--output_dir", "run", "--num_train_epochs", "1"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", config, RECIPES / "fine_tune.py", *flags]
-    printed = python(*launch, "--per_device_train_batch_size", "8", cwd=tmp_path).stdout
-    for once in ("train 96", "Plan 'gradual_unfreezing'"):
-        assert printed.count(once) == 1, once  # by the main process alone
+    done = python(*launch, "--per_device_train_batch_size", "8", cwd=tmp_path)
+    for once in ("train 96", "Phase 1 of 2", "Plan 'gradual_unfreezing'"):
+        assert (done.stdout + done.stderr).count(once) == 1, once  # by the main process alone
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["processes"] == 2
     result = json.loads((tmp_path / "run/results.json").read_text())

@@ -6,6 +6,7 @@ exits with 128 + the signal's number, as shells expect.
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -303,11 +304,13 @@ def _overview() -> str:
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run one command and turn what a user can cause into one line and an exit code."""
     from torch import distributed
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from ulmfit_tools.trainer import TrainingInterrupted
 
-    logging.disable_progress_bar()  # those for files of weights, a line each; training has its own
+    transformers_logging.disable_progress_bar()  # those for files of weights, a line each; training has its own
+    if not _main_process():
+        logging.getLogger("ulmfit_tools").setLevel(logging.ERROR)  # what all processes would say is said once
     try:
         code = command(argv)
         if distributed.is_initialized():  # left to the interpreter's end, it may abort a run that is done

@@ -1,6 +1,7 @@
 """Text augmentation: what it changes by hand, what it leaves alone, and that it is the same again after a resume."""
 
 import random
+import re
 from contextlib import nullcontext
 
 import datasets
@@ -273,6 +274,52 @@ def test_pairs_whose_border_is_not_to_be_seen_are_refused(tokenizer, shown):
     refused = pytest.raises(InputError, match="puts nothing between the two texts of a pair")
     with nullcontext() if shown else refused:
         Augmentation(swap=0.1).check_tokenizer(tokenizer, pairs=True)
+
+
+def bordered_tokenizer(single, pair, **names):
+    """Word-level ids: 0 and 1 for what is put around texts, 2 to 11 for the words of a first text, then a second."""
+    words = ["<s>", "</s>", *(f"{side}{i}" for side in "ab" for i in range(10))]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+BORDERS = {
+    "RoBERTa": ("<s> $A </s>", "<s> $A </s> </s> $B </s>", {"bos_token": "<s>", "eos_token": "</s>"}),
+    "T5": ("$A </s>", "$A </s> $B </s>", {"eos_token": "</s>"}),
+    "Llama": ("<s> $A", "<s> $A <s> $B", {"bos_token": "<s>"}),
+    "tokens without a name": ("<s> $A </s>", "<s> $A </s> $B </s>", {}),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_borders_without_token_types_are_kept(name):
+    """Nothing but the special tokens tells where the second text begins, and it tells."""
+    single, pair, names = BORDERS[name]
+    tokenizer = bordered_tokenizer(single, pair, **names)
+    texts = [" ".join(f"{side}{i}" for i in range(10)) for side in "ab"]
+    ids = tokenizer(*texts)["input_ids"]
+    collator = AugmentingCollator(lambda rows: rows, Augmentation(swap=0.5, drop=0.6, span=0.3), tokenizer, 0)
+    new = [row["input_ids"] for row in collator([{"input_ids": ids, ROW: row} for row in range(100)])]
+    assert len(set(map(tuple, new))) > 10
+    assert {order_of_parts(one) for one in new} == {order_of_parts(ids)}
+
+
+def order_of_parts(ids):
+    """As "|a||b|" for RoBERTa's pairs."""
+    return re.sub(r"([ab])\1*", r"\1", "".join("|" if i < 2 else "a" if i < 12 else "b" for i in ids))
+
+
+def test_alone_it_refuses_pairs_when_it_is_told_of_them(tmp_path):
+    trainer, tokenizer = make_trainer(tmp_path), generic_tokenizer()
+    with augmented(trainer, Augmentation(swap=0.1), tokenizer):
+        pass
+    with (
+        pytest.raises(InputError, match="puts nothing between the two texts of a pair"),
+        augmented(trainer, Augmentation(swap=0.1), tokenizer, pairs=True),
+    ):
+        pass
 
 
 def test_a_plan_refuses_them_before_it_trains(tmp_path):

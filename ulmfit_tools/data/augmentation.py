@@ -35,9 +35,9 @@ class Augmentation:
 
     Special tokens and padding stay as they are. Each stretch of tokens between them, as each text of a pair, is
     changed by itself, keeps at least one of its own tokens, unmasked, and never grows; texts are told apart by special
-    tokens and token types, and plans refuse pairs of a tokenizer that makes neither. Words of several tokens are not
-    kept together. Several rates are applied in the order in which they stand here, and what is masked is a share of
-    what is left.
+    tokens and token types, and pairs of a tokenizer that makes neither are refused: in plans, and by `augmented` where
+    it is told of pairs. Words of several tokens are not kept together. Several rates are applied in the order in which
+    they stand here, and what is masked is a share of what is left.
 
     The default drops a tenth: it needs no mask token, and a tenth is the rate that the code of Wei & Zou 2019 (EDA,
     arXiv:1901.11196) has for each of its operations. Pretrained transformers gain less from such changes than models
@@ -99,6 +99,12 @@ def _shows_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len({*tokenizer("a", "b").get("token_type_ids", ())}) > 1
 
 
+def _put_around(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What a tokenizer puts around and between texts; it need not have a name for each, as for its `sep_token`."""
+    pair = tokenizer("a", "b", return_special_tokens_mask=True)
+    return {number for number, put in zip(pair["input_ids"], pair["special_tokens_mask"], strict=True) if put}
+
+
 DEFAULT_AUGMENTATION = Augmentation(drop=0.1)
 
 
@@ -132,7 +138,7 @@ class AugmentingCollator:
         self._names = list(tokenizer.model_input_names)
         self._mask_id = tokenizer.mask_token_id
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = np.array(sorted({*tokenizer.all_special_ids} | added), dtype=np.int64)
+        self._special = np.array(sorted({*tokenizer.all_special_ids} | added | _put_around(tokenizer)), dtype=np.int64)
 
     def __call__(self, features: list[Any]) -> Any:
         """A batch."""
@@ -233,17 +239,23 @@ class _EpochTeller(TrainerCallback):
 
 
 @contextmanager
-def augmented(trainer: Trainer, augmentation: Augmentation, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def augmented(
+    trainer: Trainer, augmentation: Augmentation, tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False
+) -> Iterator[None]:
     """Augment a trainer's training rows, and only those, for a while.
 
     Args:
         trainer: The trainer.
         augmentation: What is done.
         tokenizer: The tokenizer that made the rows.
+        pairs: Whether the rows are text pairs, which token ids alone do not always tell. Most tokenizers mark the
+            border (BERT's, RoBERTa's, T5's); one that does not, as GPT-2's, is then refused.
 
     Raises:
-        InputError: The rows have no numbers, or tokens are to be masked and the tokenizer has no mask token.
+        InputError: The rows have no numbers, tokens are to be masked and the tokenizer has no mask token, or the rows
+            are pairs and it puts nothing between them.
     """
+    augmentation.check_tokenizer(tokenizer, pairs=pairs)
     if not has_length(trainer.train_dataset):
         raise InputError(
             "Augmentation goes by the number of a row, so the training data needs numbered rows and a length. "

@@ -257,6 +257,35 @@ def test_generators_that_nothing_leads_to_are_put_back():
     assert draw() == twin()
 
 
+class OwnRandom(random.Random):
+    """A generator of another class than the library's."""
+
+
+GENERATORS = {
+    "an array of objects": lambda: np.array([np.random.default_rng(1), OwnRandom(1)]),
+    "a long list": lambda: [OwnRandom(number) for number in range(100)],
+    "a long dictionary": lambda: dict(enumerate(np.random.default_rng(1).spawn(100))),
+    "bits alone": lambda: [np.random.PCG64(1)],
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_in_any_container_are_put_back(kind):
+    def draw(held):
+        values = held.values() if isinstance(held, dict) else held
+        return [value.random_raw() if hasattr(value, "random_raw") else value.random() for value in values]
+
+    held, twin = GENERATORS[kind](), GENERATORS[kind]()
+    with unchanged(nn.Linear(1, 1), holders=[Box(held=held)]):
+        draw(held)
+    assert draw(held) == draw(twin)
+
+
+def test_a_generator_without_a_state_is_no_obstacle():
+    with unchanged(nn.Linear(1, 1), holders=[Box(generator=random.SystemRandom())]):
+        pass
+
+
 def test_the_helper_of_a_module_is_put_back():
     model = nn.Sequential(nn.Linear(1, 1))
     model[0].helper, twin = Noisy(), Noisy()

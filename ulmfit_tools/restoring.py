@@ -51,8 +51,9 @@ def unchanged(
             new ones do.
         holders: Objects that are put back too, as a trainer with its collator and its datasets, with the Python
             objects that they hold in turn, as the modules' own helpers are: their attributes, random generators,
-            lists, dictionaries and sets. Numbers that change inside a tensor or an array are not, nor other modules
-            and optimizers, data loaders themselves, and callbacks.
+            lists, dictionaries and sets. Not put back are numbers that change inside a tensor or an array, attributes
+            in `__slots__`, iterators, how often a NumPy generator has spawned others, torch's generators in containers
+            of more than 32 elements, other modules and optimizers, data loaders themselves, and callbacks.
         offload_folder: Keep the copy, and the optimizer's state, in temporary files in this folder; by default they
             are in the host's memory.
 
@@ -299,12 +300,14 @@ def _generator(value: Any) -> Restore:
         state = value.get_state()
         return lambda: value.set_state(state)
     if isinstance(value, np.random.Generator):
-        bits = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", bits)
+        return _generator(value.bit_generator)
+    if isinstance(value, np.random.BitGenerator):
+        bits = copy.deepcopy(value.state)
+        return lambda: setattr(value, "state", bits)
     if isinstance(value, np.random.RandomState):
         words = value.get_state()
         return lambda: value.set_state(words)
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
         internal = value.getstate()
         return lambda: value.setstate(internal)
     return lambda: None
@@ -314,8 +317,8 @@ def _random_numbers() -> Restore:
     """The libraries' own generators, and whatever others there are, as in the variables that a collator reads."""
     in_python, in_numpy, on_host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     on_devices = _device_random_numbers()
-    kinds = {random.Random, np.random.Generator, np.random.RandomState}  # not SystemRandom, which has no state
-    others = [_generator(value) for value in gc.get_objects() if type(value) in kinds]
+    kinds = (random.Random, np.random.BitGenerator, np.random.RandomState)  # those of torch are not to be found so
+    others = [_generator(value) for value in gc.get_objects() if issubclass(type(value), kinds)]
 
     def restore() -> None:
         for restore_one in others:

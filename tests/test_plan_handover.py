@@ -117,7 +117,7 @@ def test_damaged_weights_of_the_last_phase_are_not_taken_for_the_result(model, d
 
 @pytest.mark.parametrize("nth", range(4))
 def test_what_a_killed_process_was_deleting_is_gone_after_a_resume(nth, whole, model, data, tmp_path, monkeypatch):
-    """Killed at a deletion: checkpoint of the first phase, of the second, weights of the first, checkpoint of the third."""
+    """Killed at the deletion of a checkpoint of the first phase, of the second, of weights, of a checkpoint again."""
     folder, deletions = tmp_path / "run", []
 
     def killed(path, **options):

@@ -1,6 +1,7 @@
 """Running one phase of a plan: its trainer, its training from the last good checkpoint, and what it leaves behind."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from ulmfit_tools.plans.handover import handed_on, tidy
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.record import RunFolder
 from ulmfit_tools.plans.results import PhaseResult, clean_metrics
+from ulmfit_tools.plans.watch import PhaseWatch, are_finite, diverged
 from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, learning_rate_setting, optimizer_of_arguments
 
 logger = logging.get_logger(__name__)
@@ -108,6 +110,9 @@ def run_phase(job: Job, index: int, trainer: ULMFiTTrainer, before: PhaseResult 
         index: The phase's 0-based place.
         trainer: Its trainer, with the weights from which the phase starts.
         before: The result of the phase before; None for the first.
+
+    Raises:
+        InputError: The weights that it came to are worthless, or the metric by which the best are kept is missing.
     """
     phase = job.phases[index]
     here = job.folder.phase_folder(index, phase.name)
@@ -117,10 +122,14 @@ def run_phase(job: Job, index: int, trainer: ULMFiTTrainer, before: PhaseResult 
         report = _precompute(job, index, trainer, stack) if phase.precompute else None
         _settle_rate(phase, trainer, here, before)
         logger.warning(_rates_in_words(trainer))
+        best_by = next((args.metric_for_best_model for args in job.phase_args if args.load_best_model_at_end), None)
+        trainer.add_callback(PhaseWatch(phase.name, best_by))
         _train(phase, trainer, here)
         if phase.keep == "best":
             logger.warning(_end_in_words(phase, trainer))
         metrics = _kept_metrics(trainer)
+    if not (math.isfinite(metrics["loss"]) if metrics else are_finite(job.model)):
+        raise diverged(phase.name, trainer.args, trainer.state, "the loss is no number")
     clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _PhaseClock))
     result = PhaseResult(
         name=phase.name,

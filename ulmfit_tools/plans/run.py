@@ -77,7 +77,8 @@ def run_plan(
             again: its recorded result comes back.
         overwrite: Start anew in a folder that holds a run; the old run's record and phases are deleted.
         trust_remote_code: Allow a Hub model to run its own code.
-        compute_metrics: As `Trainer` takes it.
+        compute_metrics: As `Trainer` takes it. `metric_for_best_model` is then one of the names that it returns; where
+            it is not, the run ends at its first evaluation.
         callbacks: More callbacks, for every phase.
         **training_arguments: Any field of `ULMFiTTrainingArguments`. They win over the plan's settings; what a phase
             names itself stays.
@@ -86,10 +87,12 @@ def run_plan(
         The result, which is also in `results.json`.
 
     Raises:
-        InputError: Bad input, a folder that holds another run, or a resume whose plan, settings, data or model differ.
+        InputError: Bad input, a folder that holds another run, or a resume whose plan, settings, data or model differ;
+            or a phase has diverged.
     """
     plan = plan if isinstance(plan, FineTuningPlan) else FineTuningPlan.load(plan)
-    args = run_arguments(plan, output_dir, training_arguments)
+    own_metrics = compute_metrics is not classification_metrics
+    args = run_arguments(plan, output_dir, training_arguments, own_metrics=own_metrics)
     folder = RunFolder(Path(output_dir))
     if isinstance(data, (str, Path)):
         data = load_text_classification(str(data), seed=args.seed)

@@ -1,5 +1,6 @@
 """Labels of all splits as indices into one list of names."""
 
+import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -12,6 +13,8 @@ from ulmfit_tools.data.sources import Split
 from ulmfit_tools.errors import InputError
 
 INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_MANY = 20  # more numbers with fractions than these are measured; half stars and versions are still classes
 
 
 def sorted_labels(labels: Collection[str]) -> list[str]:
@@ -35,8 +38,16 @@ def unified(labels: Mapping[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]
 
 
 def require_classes(labels: Mapping[str, pa.ChunkedArray], splits: Mapping[str, Split]) -> None:
-    """Raises an `InputError` unless training has two classes or more, and the other splits have no more than these."""
+    """Raises an `InputError` unless training has two classes or more, and the other splits have no more than these.
+
+    So it does where the labels, read from text, are numbers to be predicted or lists of classes.
+    """
     trained = set(pc.unique(labels["train"]).to_pylist())
+    if what := _no_classes(trained):
+        raise InputError(
+            f"The labels of {splits['train'].where} are {what}: {some(sorted_labels(trained), 5)}. Only one class a "
+            "row can be learnt: give a column of classes"
+        )
     if len(trained) < 2:
         raise InputError(
             f"{splits['train'].where} has one class only: {some(list(trained))}. A classifier needs at least two."
@@ -48,6 +59,28 @@ def require_classes(labels: Mapping[str, pa.ChunkedArray], splits: Mapping[str, 
                 f"{splits[name].where} has labels that the training rows lack: {some(unknown)}. "
                 f"The training rows have: {some(sorted_labels(trained))}"
             )
+
+
+def _no_classes(labels: Collection[str]) -> str | None:
+    """What labels are that are no classes; None where they may be classes."""
+    numbers = all(_NUMBER.fullmatch(label) for label in labels)
+    if numbers and None in map(_whole, labels) and len(labels) > _MANY:
+        return f"{len(labels):,} numbers with fractions, as for a regression"
+    lists = [_as_list(label) for label in labels]
+    if any(values is not None and len(values) != 1 for values in lists) and None not in lists:
+        return "lists, as for several labels a row"
+    return None
+
+
+def _as_list(label: str) -> Collection[object] | None:
+    """The list that a label is written as; None where it is another text."""
+    if not label.startswith(("[", "(", "{")):
+        return None
+    try:
+        values = ast.literal_eval(label)
+    except (ValueError, SyntaxError):
+        return None
+    return values if isinstance(values, (list, tuple, set)) else None
 
 
 def with_labels(texts: Dataset, labels: pa.ChunkedArray, label_names: list[str]) -> Dataset:

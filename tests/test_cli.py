@@ -245,6 +245,12 @@ def test_the_data_are_described_by_the_main_process_alone(trained, model, data, 
     assert capsys.readouterr().out.count("train 192") == (rank == 0)
 
 
+def test_a_plan_is_no_config_file(tmp_path, capsys):
+    plan = tmp_path / "mine.yaml"
+    plan.write_text("name: mine\nphases:\n  - {name: head, train: head, steps: 1}\n")
+    assert refused(capsys, "train", "--config", plan).endswith(f"give it by --plan {plan}")
+
+
 def test_resume_of_a_complete_run_does_nothing(trained, model, data):
     before = (trained / "model.safetensors").stat().st_mtime_ns
     flags = ["--model", model, "--dataset", data, "--output_dir", str(trained), "--num_train_epochs", "12", *QUICK]
@@ -304,7 +310,7 @@ def test_cache_tells_its_size_and_is_removed(tmp_path, capsys):
     made.prepare()
     build([made], np.arange(2), lambda rows: [([torch.ones(made.lengths[row], 4) for row in rows], [])])
     assert main(["cache", "--folder", str(tmp_path)]) == 0
-    assert "1 sets of activations, 0.0 MiB" in capsys.readouterr().out
+    assert ": 1 set of activations, 0.0 MiB" in capsys.readouterr().out
     assert main(["cache", "--folder", str(tmp_path), "--remove"]) == 0
     assert "freed" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

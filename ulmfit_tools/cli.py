@@ -268,7 +268,8 @@ def cache(argv: Sequence[str]) -> int:
     if flags.folder is not None and not folder.is_dir():
         raise InputError(f"There is no folder {folder}")
     entries, nbytes = cache_size(folder)
-    print(f"{folder}: {entries} sets of activations, {nbytes / 2**20:,.1f} MiB")
+    sets = "1 set" if entries == 1 else f"{entries} sets"
+    print(f"{folder}: {sets} of activations, {nbytes / 2**20:,.1f} MiB")
     if flags.remove:
         print(f"{remove_cache(folder) / 2**20:,.1f} MiB freed")
     return 0

@@ -148,7 +148,12 @@ def config_flags(argv: Sequence[str]) -> list[str]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?")  # that it lacks its file is said by `parse`, in one line
     path = finder.parse_known_args(list(argv))[0].config
-    return [] if path is None else as_flags(read_yaml(Path(path)))
+    if path is None:
+        return []
+    values = read_yaml(Path(path))
+    if "phases" in values:
+        raise InputError(f"{path} is a plan, which has phases, and no file of flags: give it by --plan {path}")
+    return as_flags(values)
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

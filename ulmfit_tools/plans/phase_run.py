@@ -44,6 +44,7 @@ class Job:
     phase_args: list[ULMFiTTrainingArguments]
     compute_metrics: Callable
     callbacks: Sequence[TrainerCallback]
+    compute_loss_func: Callable | None = None
 
 
 def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:

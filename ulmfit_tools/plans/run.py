@@ -57,6 +57,7 @@ def run_plan(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     compute_metrics: Callable = classification_metrics,
+    compute_loss_func: Callable | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **training_arguments: Any,
 ) -> PlanResult:
@@ -79,6 +80,10 @@ def run_plan(
         trust_remote_code: Allow a Hub model to run its own code.
         compute_metrics: As `Trainer` takes it. `metric_for_best_model` is then one of the names that it returns; where
             it is not, the run ends at its first evaluation.
+        compute_loss_func: A loss of your own, such as one with class weights, as `Trainer` takes it:
+            `loss(outputs, labels, num_items_in_batch=None)`. Where `num_items_in_batch` is given, in training, it is
+            the number of rows of the whole update: return the sum over the batch divided by it, and the mean where it
+            is not. It replaces label smoothing. Its name is recorded: a run is resumed with the same only.
         callbacks: More callbacks, for every phase.
         **training_arguments: Any field of `ULMFiTTrainingArguments`. They win over the plan's settings; what a phase
             names itself stays.
@@ -91,8 +96,8 @@ def run_plan(
             or a phase has diverged.
     """
     plan = plan if isinstance(plan, FineTuningPlan) else FineTuningPlan.load(plan)
-    own_metrics = compute_metrics is not classification_metrics
-    args = run_arguments(plan, output_dir, training_arguments, own_metrics=own_metrics)
+    own = {"own_metrics": compute_metrics is not classification_metrics, "own_loss": compute_loss_func is not None}
+    args = run_arguments(plan, output_dir, training_arguments, **own)
     folder = RunFolder(Path(output_dir))
     if isinstance(data, (str, Path)):
         data = load_text_classification(str(data), seed=args.seed)
@@ -107,7 +112,7 @@ def run_plan(
         _check_phase(phase, its_args, classifier, groups, data)
         if phase.augment is not None:
             phase.augment.check_tokenizer(tokenizer, pairs=len(data.text_columns) > 1)
-    settings = args.to_dict() | {"max_length": max_length}
+    settings = args.to_dict() | {"max_length": max_length, "compute_loss_func": _name(compute_loss_func)}
     described = {"name": model_name, **describe_model(classifier, tokenizer, groups)}
     description = describe_run(plan.to_dict(), settings, describe_data(data), described, args.world_size)
     state = PartialState()
@@ -127,13 +132,17 @@ def run_plan(
     state.wait_for_everyone()
     with state.main_process_first():  # the others read what it left in the cache
         splits = tokenize(data, tokenizer, max_length=max_length, config=classifier.config)
-    job = Job(classifier, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks)
+    job = Job(classifier, tokenizer, splits, folder, phases, phase_args, compute_metrics, callbacks, compute_loss_func)
     trainable = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
     try:
         return _run_phases(job, plan.name)
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def _name(function: Callable | None) -> str | None:
+    return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 
 def _get_model(
@@ -208,7 +217,7 @@ def _run_phases(job: Job, plan_name: str) -> PlanResult:
             continue
         if trainer is not None:
             release(trainer)
-        trainer = phase_trainer(job, index)
+        trainer = _trainer(job, index)
         if weights is not None:
             trainer.load_weights(weights)
         logger.warning(f"Phase {index + 1} of {len(job.phases)}, '{phase.name}', trains {trains(job, phase)[1]}")
@@ -217,9 +226,15 @@ def _run_phases(job: Job, plan_name: str) -> PlanResult:
         results.append(run_phase(job, index, trainer, results[-1] if results else None))
         weights = None
     if trainer is None:  # every phase was done, and the run was stopped before its last lines
-        trainer = phase_trainer(job, len(job.phases) - 1)
+        trainer = _trainer(job, len(job.phases) - 1)
         trainer.load_weights(handed_on(job.folder, job.phases, len(job.phases) - 1))
     return _finish(job, plan_name, trainer, results)
+
+
+def _trainer(job: Job, index: int) -> ULMFiTTrainer:
+    trainer = phase_trainer(job, index)
+    trainer.compute_loss_func = job.compute_loss_func
+    return trainer
 
 
 def _result(phase: Phase, values: Mapping[str, Any]) -> PhaseResult:

@@ -64,7 +64,12 @@ _PHASE_KEYS = {
 
 
 def run_arguments(
-    plan: FineTuningPlan, output_dir: str | Path, given: Mapping[str, Any], *, own_metrics: bool = False
+    plan: FineTuningPlan,
+    output_dir: str | Path,
+    given: Mapping[str, Any],
+    *,
+    own_metrics: bool = False,
+    own_loss: bool = False,
 ) -> ULMFiTTrainingArguments:
     """The training arguments of a run: what was given, then the plan's settings, then defaults.
 
@@ -73,6 +78,7 @@ def run_arguments(
         output_dir: The run folder.
         given: The arguments that the user set (flags and config file, or keyword arguments).
         own_metrics: Whether the metrics are the user's own, so that their names are not known.
+        own_loss: Whether the loss is the user's own, which Trainer does not smooth.
 
     Raises:
         InputError: An argument does not exist, is one that a plan manages, has a wrong value, or is one that every
@@ -88,6 +94,8 @@ def run_arguments(
     values = {"output_dir": str(output_dir), **_RUN_DEFAULTS, **_settings_beside(plan, given), **given}
     for key in given:
         _check_used(plan, key, values)
+    if own_loss and values.pop("label_smoothing_factor", 0):
+        _say_unsmoothed(plan, given)
     _check_metric(values.get("metric_for_best_model") or "loss", own_metrics)
     # Some phases may warm up while others, with the run's schedule, have a rise of their own: see `phase_arguments`.
     warmup = values.pop("warmup_steps", 0) if any(_warms_up(phase, values) for phase in plan.phases) else None
@@ -114,6 +122,12 @@ def _check_metric(best_by: Any, own_metrics: bool) -> None:
             f"metric_for_best_model is one of {', '.join(_BEST_BY)}.{nearest(name, _BEST_BY)} Received: "
             f"metric_for_best_model={best_by!r}"
         )
+
+
+def _say_unsmoothed(plan: FineTuningPlan, given: Mapping[str, Any]) -> None:
+    if "label_smoothing_factor" in given:
+        raise InputError("label_smoothing_factor would do nothing beside compute_loss_func: smooth the labels there")
+    logger.warning(f"label_smoothing_factor of plan '{plan.name}' is left out: compute_loss_func is the loss.")
 
 
 def _settings_beside(plan: FineTuningPlan, given: Mapping[str, Any]) -> dict[str, Any]:

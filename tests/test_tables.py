@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 from tiny import tiny_bert
 
 from ulmfit_tools.data import TextClassificationData
 from ulmfit_tools.inference import Evaluation, Prediction
 from ulmfit_tools.layers import layer_groups
 from ulmfit_tools.plans import PhaseResult, PlanResult
+from ulmfit_tools.reporting import tables
 from ulmfit_tools.reporting.tables import (
     print_data,
     print_evaluation,
@@ -82,3 +84,17 @@ def test_scores_stand_beside_those_of_the_commonest_label(capsys):
     assert "validation, always 'other' │   0.7500 │" in printed
     print_result(PlanResult(Path("run"), "plan", [PHASE], {}, 1.0), DATA)
     assert "F1 weighted" not in capsys.readouterr().out  # no table without a row
+
+
+def test_the_phases_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    """The texts once gave way to the numbers until nothing of them was left."""
+    monkeypatch.setattr(tables, "_console", lambda: Console(markup=False, emoji=False, width=80))
+    changes = {"trains": ("embeddings..layer.2", "head"), "steps": 12345, "seconds": 12345.0}
+    scores = {"loss": 0.1234, "accuracy": 0.5678}
+    phase = dataclasses.replace(PHASE, name="head", learning_rate=(5e-5, 5e-4), metrics=scores, **changes)
+    print_result(PlanResult(Path("run"), "plan", [phase], {}, 1.0), DATA)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (first,) = [line for line in lines if "0.1234" in line]
+    cells = [cell.strip() for cell in first.strip("│").split("│")]
+    assert cells == ["head", "embeddings.", "5.0e-05", "1", "12345", "12345 s", "0.1234", "0.5678"]

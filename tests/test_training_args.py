@@ -118,3 +118,10 @@ def test_trainers_own_schedules_are_taken_with_their_settings(name, settings, wa
         "run", lr_scheduler_type=name, lr_scheduler_kwargs=settings, warmup_steps=warmup_steps, eval_strategy="epoch"
     )
     assert args.schedule_settings == settings
+
+
+def test_a_null_leaves_a_schedules_setting_at_its_default():
+    settings = {"cycle_len": 2, "cycle_steps": None}
+    assert ULMFiTTrainingArguments(
+        "run", lr_scheduler_type="sgdr", lr_scheduler_kwargs=settings
+    ).schedule_settings == {"cycle_len": 2}

@@ -108,9 +108,9 @@ class ULMFiTTrainingArguments(TrainingArguments):
 
     @property
     def schedule_settings(self) -> dict[str, Any]:
-        """`lr_scheduler_kwargs`, parsed; empty where none were given."""
+        """`lr_scheduler_kwargs`, parsed; empty where none were given. A null leaves a setting at its default."""
         assert not isinstance(self.lr_scheduler_kwargs, str)
-        return self.lr_scheduler_kwargs or {}
+        return {key: value for key, value in (self.lr_scheduler_kwargs or {}).items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """As upstream's, with the schedule's name as a plain string, which YAML can write too."""

@@ -86,6 +86,16 @@ def test_scores_stand_beside_those_of_the_commonest_label(capsys):
     assert "F1 weighted" not in capsys.readouterr().out  # no table without a row
 
 
+@pytest.mark.parametrize(
+    "label", ["short", "a/very/long/label/of/some/taxonomy/of/a/shop/with/all/of/its/parts/to/the/end"]
+)
+def test_no_column_of_the_predictions_vanishes(capsys, monkeypatch, label):
+    monkeypatch.setattr(tables, "_console", lambda: Console(markup=False, emoji=False, width=80))
+    print_predictions([Prediction("some words " * 20, label, 0.5)])
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in (label[:5], "0.500", "some words"))
+
+
 def test_the_phases_fit_a_terminal_of_80_columns(capsys, monkeypatch):
     """The texts once gave way to the numbers until nothing of them was left."""
     monkeypatch.setattr(tables, "_console", lambda: Console(markup=False, emoji=False, width=80))

@@ -21,7 +21,7 @@ def print_groups(model: PreTrainedModel, groups: LayerGroups, rates: Sequence[fl
     sizes = [sum(p.numel() for p in group.parameters(model)) for group in groups]
     table = Table(title=f"{len(groups)} layer groups of {type(model).__name__}, input to output")
     for name, justify in [("", "right"), ("group", "left"), ("modules", "left")]:
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for name in ("parameters", "share", "rate"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, (group, size, rate) in enumerate(zip(groups, sizes, rates, strict=True)):
@@ -129,8 +129,8 @@ def print_evaluation(result: Evaluation) -> None:
 def print_predictions(predictions: Sequence[Prediction]) -> None:
     """Label, probability and text, a row each."""
     table = Table()
-    table.add_column("label", no_wrap=True)
-    table.add_column("score", justify="right")
+    table.add_column("label", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
     table.add_column("text", overflow="fold")
     for prediction in predictions:
         table.add_row(prediction.label, f"{prediction.score:.3f}", prediction.text)

@@ -48,7 +48,11 @@ def test_one_sensible_choice(sample, text, label):
         ({"text": SENTENCES, "Text": SENTENCES, "label": CLASSES}, "text: text, Text"),
         ({"text1": SENTENCES, "text2": SENTENCES, "Text2": SENTENCES, "y": CLASSES}, "text: text1, text2, Text2"),
         ({"text": SENTENCES, "mood": CLASSES, "size": CLASSES}, "label: mood, size"),
-        ({"text": SENTENCES, "id": NUMBERS}, "surely the label. Columns: text, id"),
+        ({"text": SENTENCES, "id": NUMBERS}, "surely the label. Columns: text, id. Name one"),
+        (
+            {"text": SENTENCES, "label": [["a"], ["b"]]},
+            "Columns: text, label. Not one text .* a row, but .*: label. Name",
+        ),
         ({"review": SENTENCES, "content": SENTENCES, "label": CLASSES}, "text: review, content"),
         ({"first": SENTENCES, "second": SENTENCES, "label": CLASSES}, "text: first, second"),
         ({"a": NUMBERS, "label": CLASSES}, "surely the text. Columns: a, label"),

@@ -150,7 +150,9 @@ def _guess_label(sample: Mapping[str, Sequence[Any]], *, taken: Sequence[str], w
         raise InputError(f"{where} has several columns that could be the label: {_listed(found)}. {flag}.")
     if where.endswith(".txt"):
         raise InputError(f'{where} has texts without labels. Write each line as "__label__NAME text".')
-    raise InputError(f"No column of {where} is surely the label. Columns: {_listed(list(sample))}. {flag}.")
+    others = [name for name in sample if not _is_scalar(sample[name])]
+    unfit = f" Not one text or number a row, but lists, objects or dates: {_listed(others)}." if others else ""
+    raise InputError(f"No column of {where} is surely the label. Columns: {_listed(list(sample))}.{unfit} {flag}.")
 
 
 def _first_tier(names: Sequence[str], tiers: Sequence[frozenset[str]]) -> list[str]:

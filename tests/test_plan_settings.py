@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from tiny_text import colour_folder, model_folder
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit
+from ulmfit_tools.cli import main
 from ulmfit_tools.plans.settings import phase_arguments, run_arguments
 
 BEST = Phase(name="best", keep="best")
@@ -126,3 +128,28 @@ def test_metrics_of_the_users_own_may_have_any_name():
     with pytest.raises(InputError, match="one of loss, accuracy"):
         run_arguments(plan, "run", {"use_cpu": True})
     assert run_arguments(plan, "run", {"use_cpu": True}, own_metrics=True).metric_for_best_model == "f1"
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("settings: {learning_rate: null}\nphases: [{name: a}]", "learning_rate must be a number"),
+        ('settings: {learning_rate: "2e-4"}\nphases: [{name: a}]', "learning_rate must be a number"),
+        ("settings: {lr_scheduler_kwargs: 3}\nphases: [{name: a}]", "a mapping, or a JSON object"),
+        ("[a]: 3\nphases: [{name: a}]", "a key is a plain word"),
+        (
+            "phases: [{name: a}, {name: b, schedule: cosine_with_restarts, schedule_settings: {num_cycle: 2}}]",
+            "Did you mean",
+        ),
+    ],
+)
+def test_a_wrong_plan_is_one_line_and_exit_code_2_before_anything_is_written(plan, message, tmp_path, capsys):
+    file = tmp_path / "plan.yaml"
+    file.write_text(f"name: x\n{plan}\n")
+    model, data = model_folder(tmp_path / "model"), colour_folder(tmp_path / "data")
+    flags = ["--model", model, "--dataset", data, "--plan", file, "--output_dir", tmp_path / "run", "--use_cpu"]
+    capsys.readouterr()
+    assert main(["train", *map(str, flags)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()

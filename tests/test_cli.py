@@ -17,7 +17,7 @@ from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_
 from ulmfit_tools import FineTuningPlan, InputError, LRCurve, cli, inference, load_text_classification
 from ulmfit_tools.activation_store import Entry, build
 from ulmfit_tools.cli import main
-from ulmfit_tools.cli_flags import GroupFlags, TrainFlags
+from ulmfit_tools.cli_flags import DataFlags, GroupFlags, ModelFlags, TrainFlags
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--learning_rate", "1e-2"]
@@ -154,6 +154,11 @@ def test_lr_find_takes_what_train_takes(model, data, tmp_path, capsys):
     flags += ["--num_steps", "20", "--load_best_model_at_end", "true", "--push_to_hub", "true"]
     assert main([str(flag) for flag in flags]) == 0
     assert json.loads(curve.read_text())["loss_on"] == "evaluation"
+
+
+def test_lr_find_does_not_look_for_unused_parameters(model, data, tmp_path):
+    flags = (ModelFlags(model=model), DataFlags(dataset=data), None, {"use_cpu": True})
+    assert cli._range_trainer(*flags, str(tmp_path)).args.ddp_find_unused_parameters is False
 
 
 def test_lr_find_splits_as_it_is_told(model, tmp_path, capsys):

@@ -131,8 +131,9 @@ def _range_trainer(
 
     idle = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     idle |= {"push_to_hub": False, "report_to": "none"}
+    every = {"ddp_find_unused_parameters": False}  # nothing is frozen; looking for it costs time and a warning
     try:
-        args = ULMFiTTrainingArguments(**{**training, **idle, "output_dir": folder})
+        args = ULMFiTTrainingArguments(**{**every, **training, **idle, "output_dir": folder})
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(f"lr-find, training arguments: {' '.join(str(error).split())}") from None
     args.dataloader_pin_memory &= args.device.type != "cpu"

@@ -14,7 +14,7 @@ from ulmfit_tools.cli import run, train
 SETTINGS = {
     "model": "minilm",  # or a Hub name, or a model folder
     "dataset": "stdlib-docs",  # or a Hub name, a .csv .tsv .json .jsonl .parquet .txt file, a folder of splits
-    "plan": "gradual_unfreezing",  # or baseline, chain_thaw, a YAML file
+    "plan": "gradual_unfreezing",  # or baseline, chain_thaw, fastai_eight_steps, a YAML file
 }
 
 if __name__ == "__main__":

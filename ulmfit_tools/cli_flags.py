@@ -19,7 +19,7 @@ def _help(text: str, default: Any = None) -> Any:
 
 
 _CONFIG = "YAML file with any of these flags; the command line wins over it."
-_VALIDATION_SPLIT = "Share of the training rows to validate on where no split is given. 0.1."
+_VALIDATION_SPLIT = "Share of the training rows to validate on where no split is given: a tenth unless told, and 0 for none."
 
 
 @dataclass

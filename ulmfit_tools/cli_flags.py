@@ -19,7 +19,9 @@ def _help(text: str, default: Any = None) -> Any:
 
 
 _CONFIG = "YAML file with any of these flags; the command line wins over it."
-_VALIDATION_SPLIT = "Share of the training rows to validate on where no split is given: a tenth unless told, and 0 for none."
+_VALIDATION_SPLIT = (
+    "Share of the training rows to validate on where no split is given: a tenth unless told, and 0 for none."
+)
 
 
 @dataclass

@@ -619,8 +619,11 @@ def test_rates_of_the_other_groups_keep_their_ratio(given, name, found, tmp_path
         ({"start_lr": 1.0, "end_lr": 1.0}, "start_lr < end_lr"),
         ({"start_lr": 0.0}, "start_lr < end_lr"),
         ({"end_lr": math.inf}, "start_lr < end_lr"),
+        ({"start_lr": "1e-5"}, "start_lr < end_lr. Received: start_lr='1e-5'"),
+        ({"end_lr": None}, "start_lr < end_lr.*end_lr=None"),
         ({"num_steps": 19}, "at least 20 steps"),
-        ({"num_steps": 50.0}, "at least 20 steps"),
+        ({"num_steps": 50.0}, "whole number.*Received: num_steps=50.0"),
+        ({"num_steps": "100"}, "whole number.*Received: num_steps='100'"),
         ({"mode": "exponent"}, 'Did you mean "exponential"'),
         ({"eval_batches": -1}, "eval_batches"),
         ({"eval_batches": 2.0}, "whole number.*Received: eval_batches=2.0"),
@@ -682,6 +685,24 @@ def test_evaluation_rows_that_make_no_whole_batch(tmp_path):
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=64, dataloader_drop_last=True)
     with pytest.raises(InputError, match="not one whole batch of 64"):
         lr_range_test(trainer, eval_batches=1, **SHORT)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    curve = lr_range_test(make_trainer(tmp_path), eval_batches=np.int64(1), num_steps=np.int64(24))
+    assert LRCurve.from_json(curve.to_json()) == curve
+    assert {type(rate) for rate in sweep_rates(np.float32(1e-5), np.float32(0.1), 20, "linear")} == {float}
+
+
+def test_an_optimizer_for_other_layers(tmp_path):
+    """Made while the head alone was trainable; plain Trainer goes on with it, and nothing trains."""
+    model = tiny_bert()
+    freeze_to(model, -1)
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.create_optimizer()
+    for parameter in model.parameters():
+        parameter.requires_grad_(not parameter.requires_grad)
+    with pytest.raises(InputError, match="holds no parameter of the model that is trainable.*Received: 69 trainable"):
+        lr_range_test(trainer, **SHORT)
 
 
 def test_an_optimizer_that_sets_its_own_rates(tmp_path):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def lr_range_test(
         The curve, with its suggestions.
 
     Raises:
-        InputError: Settings out of range, nothing to train or to evaluate on, too few rows for a batch, or a loss that
-            is not a number before the first update.
+        InputError: Settings out of range, nothing to train or to evaluate on, an optimizer of other parameters, too
+            few rows for a batch (of a stream nobody knows), or a loss that is not a number before the first update.
     """
     rates = sweep_rates(start_lr, end_lr, num_steps, mode)
     _check_trainer(trainer)
@@ -195,14 +196,20 @@ def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> li
     Raises:
         InputError: A setting is out of its range.
     """
-    if not 0 < start_lr < end_lr < math.inf:
-        raise InputError(f"A sweep goes up: 0 < start_lr < end_lr. Received: start_lr={start_lr}, end_lr={end_lr}")
-    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
+    numbers = isinstance(start_lr, Real) and isinstance(end_lr, Real)  # YAML takes 1e-5 for a text
+    if not numbers or not 0 < start_lr < end_lr < math.inf:
         raise InputError(
-            f"A range test needs at least {MIN_STEPS} steps; 100 is usual. Received: num_steps={num_steps}"
+            f"A sweep goes up, from one number to another: 0 < start_lr < end_lr. Received: start_lr={start_lr!r}, "
+            f"end_lr={end_lr!r}"
+        )
+    if not isinstance(num_steps, Integral) or num_steps < MIN_STEPS:
+        raise InputError(
+            f"A range test needs at least {MIN_STEPS} steps, a whole number; 100 is usual. Received: "
+            f"num_steps={num_steps!r}"
         )
     if mode not in MODES:
         raise InputError(f"mode is one of {', '.join(MODES)}.{nearest(mode, MODES)} Received: mode={mode!r}")
+    start_lr, end_lr = float(start_lr), float(end_lr)
     shares = [step / (num_steps - 1) for step in range(num_steps)]
     if mode == "linear":
         return [start_lr + (end_lr - start_lr) * share for share in shares]
@@ -241,7 +248,7 @@ def check_rows(rows: int, args: TrainingArguments) -> None:
 
 
 def _check_evaluation(trainer: Trainer, eval_batches: int) -> None:
-    if not isinstance(eval_batches, int) or eval_batches < 0:
+    if not isinstance(eval_batches, Integral) or eval_batches < 0:
         raise InputError(
             f"eval_batches counts batches, a whole number, 0 for none. Received: eval_batches={eval_batches!r}"
         )

@@ -221,9 +221,15 @@ def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
     Where the optimizer holds no parameter of that group, it is what the training arguments say.
 
     Raises:
-        InputError: It is 0, and no multiple of 0 is a rate to be found.
+        InputError: It is 0, and no multiple of 0 is a rate to be found; or the optimizer changes nothing that trains.
     """
     model: Any = trainer.model
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+        raise InputError(
+            "The optimizer holds no parameter of the model that is trainable now, so no rate changes anything: pass "
+            f"another, or none. Received: {len(trained)} trainable parameters, none of them in the optimizer"
+        )
     head = {id(parameter) for parameter in layer_groups(model)[-1].parameters(model)}
     rates = [
         group.get("initial_lr", group["lr"])

@@ -16,8 +16,10 @@ from ulmfit_tools.lr_curve import (
     Probe,
     endurance,
     has_diverged,
+    noise_of,
     valley_index,
 )
+from ulmfit_tools.lr_range import sweep_rates
 
 RATES = tuple(1e-7 * 10 ** (step / 12.5) for step in range(75))  # 12.5 steps in a factor of ten
 
@@ -264,6 +266,24 @@ def test_the_best_probe_is_the_suggestion():
     )
     assert falling_curve(probes=probes).suggestion == 2e-4
     assert falling_curve(probes=probes[2:]).suggestion == falling_curve().suggestion
+
+
+@pytest.mark.parametrize("loss", [falls_and_rises, lambda rate: 1 + rate, lambda rate: 1.7])
+def test_a_rate_with_no_other_near_it_has_a_standard_error(loss):
+    """A linear sweep from 1e-7 on: the second rate is a million times the first."""
+    rates = (1e-7, *(0.1 * step for step in range(1, 100)))
+    curve = curve_of(loss, noise=0.02, rates=rates, mode="linear")
+    assert curve.standard_errors[0] == pytest.approx(noise_of(curve.losses))  # of one loss that is no mean
+    assert math.isfinite(curve.clearness)
+
+
+@pytest.mark.parametrize("value", [0.1, 1.7, 1e30, -3.3])
+@pytest.mark.parametrize("mode", ["exponential", "linear"])
+def test_losses_that_are_all_the_same_tell_nothing(value, mode):
+    rates = sweep_rates(1e-7, 10, 57, mode)
+    curve = curve_of(lambda rate: value, rates=tuple(rates), mode=mode)
+    assert (curve.clearness, curve.confidence) == (0.0, "low")
+    assert "too flat to decide" in curve.verdict
 
 
 def test_a_clear_fall_is_clear_in_a_linear_sweep_too():

@@ -101,7 +101,9 @@ class LRCurve:
         squares = self._weights**2
         residuals = np.array(self.losses) - np.array(self.smoothed)
         left = 1 - 2 * np.diag(self._weights) + squares.sum(1)  # a residual's share of the variance, for equal noise
-        return tuple(np.sqrt(squares @ (residuals**2 / left)).tolist())
+        alone = left < 1e-6  # a linear sweep's first rate has no other near it to differ from: by the noise of all
+        variances = np.where(alone, noise_of(self.losses) ** 2, residuals**2 / np.where(alone, 1.0, left))
+        return tuple(np.sqrt(squares @ variances).tolist())
 
     @cached_property
     def _weights(self) -> np.ndarray:
@@ -137,7 +139,8 @@ class LRCurve:
         before = self.noise[: self._next_to_nothing]
         error = math.hypot(self.standard_errors[self.lowest], float(np.mean(before)))
         fall = self.level - self.smoothed[self.lowest]
-        return fall / error if error > 0 else (math.inf if fall > 0 else 0.0)
+        rounding = 1e-12 * abs(self.level)  # of the sums: losses that are all the same neither fall nor rise
+        return fall / error if error > rounding else (math.inf if fall > rounding else 0.0)
 
     @cached_property
     def turn(self) -> int:

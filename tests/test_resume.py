@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import shutil
@@ -227,7 +228,7 @@ class TestAnotherRunsFolder:
 
     def test_resumed_it_goes_on_with_its_own(self, folder, run_by_fours, caplog):
         self.start(folder, killed_at=6)
-        aside = folder / "earlier-run-1"
+        aside = folder / "_earlier-run-1"
         assert f'give output_dir="{aside}" and resume_from_checkpoint=True' in caplog.text
         assert [step_of(path) for path in list_checkpoints(folder)] == [4]
         assert [(step_of(path), verify(path)) for path in list_checkpoints(aside)] == [(15, []), (20, [])]
@@ -242,15 +243,21 @@ class TestAnotherRunsFolder:
 
     def test_the_other_run_can_go_on_from_where_it_is_now(self, folder):
         self.start(folder, killed_at=6)
-        other = make_trainer(folder / "earlier-run-1", save_steps=5, save_total_limit=2, seed=1, num_train_epochs=3)
+        other = make_trainer(folder / "_earlier-run-1", save_steps=5, save_total_limit=2, seed=1, num_train_epochs=3)
         other.train(resume_from_checkpoint=True)
-        assert [step_of(path) for path in list_checkpoints(folder / "earlier-run-1")] == [25, 30]
+        assert [step_of(path) for path in list_checkpoints(folder / "_earlier-run-1")] == [25, 30]
+
+    def test_the_other_run_is_not_pushed_to_the_hub(self, folder):
+        """Without the underscore it would be: Trainer leaves out what begins so, or with "checkpoint-"."""
+        aside = checkpoints.set_aside_run(folder)
+        assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in inspect.getsource(Trainer.push_to_hub)
+        assert aside.name.startswith("_")
 
     def test_one_trainer_that_trains_twice(self, tmp_path):
         trainer = make_trainer(tmp_path, save_steps=5, save_total_limit=2)
         trainer.train()
         trainer.train()
-        folders = (tmp_path, tmp_path / "earlier-run-1")
+        folders = (tmp_path, tmp_path / "_earlier-run-1")
         assert [[step_of(path) for path in list_checkpoints(folder)] for folder in folders] == [[15, 20]] * 2
 
     def test_a_run_that_goes_on_from_a_checkpoint_elsewhere(self, folder, run_by_fours, tmp_path):
@@ -258,14 +265,14 @@ class TestAnotherRunsFolder:
         trainer = make_trainer(folder, save_steps=4, save_total_limit=2)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert [step_of(path) for path in list_checkpoints(folder)] == [16, 20]
-        assert [step_of(path) for path in list_checkpoints(folder / "earlier-run-1")] == [15, 20]
+        assert [step_of(path) for path in list_checkpoints(folder / "_earlier-run-1")] == [15, 20]
 
     def test_best_weights_of_unfreezing_go_with_its_checkpoints(self, tmp_path):
         make_trainer(tmp_path, save_steps=5).train()
         weights_file(tmp_path, 10).parent.mkdir()
         weights_file(tmp_path, 10).touch()
-        assert checkpoints.set_aside_run(tmp_path) == tmp_path / "earlier-run-1"
-        assert weights_file(tmp_path / "earlier-run-1", 10).is_file()
+        assert checkpoints.set_aside_run(tmp_path) == tmp_path / "_earlier-run-1"
+        assert weights_file(tmp_path / "_earlier-run-1", 10).is_file()
         assert checkpoints.set_aside_run(tmp_path) is None
 
 

@@ -292,10 +292,10 @@ def last_good_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Pa
 
 
 def set_aside_run(folder: str | Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of a new one's way, into `earlier-run-1`, `earlier-run-2` and so on.
+    """Move the checkpoints of an earlier run out of a new one's way, into `_earlier-run-1`, `_earlier-run-2`, ...
 
     Left where they are, rotation would delete them, or keep them for the new run's, and a resume would take the latest
-    step, whichever run it is of.
+    step, whichever run it is of. A name that begins so is no part of what Trainer pushes to the Hub.
 
     Args:
         folder: The folder of both runs.
@@ -308,7 +308,7 @@ def set_aside_run(folder: str | Path) -> Path | None:
     if not earlier:
         return None
     taken = {path.name for path in folder.iterdir()}
-    aside = folder / next(name for count in itertools.count(1) if (name := f"earlier-run-{count}") not in taken)
+    aside = folder / next(name for count in itertools.count(1) if (name := f"_earlier-run-{count}") not in taken)
     aside.mkdir()
     for path in [folder / BEST_WEIGHTS, *earlier]:  # the last one last: killed before, a resume finds it
         if path.exists():

@@ -48,7 +48,7 @@ class ULMFiTTrainer(Trainer):
       the epoch, and evaluates the longest texts first; `compute_metrics` and `predict` still have the rows in their
       own order (with `eval_do_concat_batches=False`, `batch_eval_metrics` or `dataloader_drop_last` none is sorted);
     - checkpoints are written whole, and resuming takes the last one that is good;
-    - a run that starts afresh moves the checkpoints that are in its folder into `earlier-run-1` there, and says so;
+    - a run that starts afresh moves the checkpoints that are in its folder into `_earlier-run-1` there, and says so;
     - accumulated batches are averaged, where Trainer adds the gradients of most classifiers up;
     - the column `labels` is kept also for models whose forward does not name it (Qwen3.5);
     - on SIGTERM the run writes a checkpoint after the step and raises `TrainingInterrupted`.
@@ -218,7 +218,7 @@ class ULMFiTTrainer(Trainer):
         """Train, or go on training.
 
         Nothing of another run is deleted or taken for this one's: where there are checkpoints in `output_dir` and
-        none of them is resumed, they are moved into a folder `earlier-run-1` in it, from which that run can go on.
+        none of them is resumed, they are moved into a folder `_earlier-run-1` in it, from which that run can go on.
 
         Args:
             resume_from_checkpoint: True goes on from the last good checkpoint in `output_dir` and names the later

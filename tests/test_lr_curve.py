@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -312,7 +313,42 @@ def test_probes_that_leave_a_question_open_say_so():
         assert words in probed(*losses).verdict
 
 
+def shifted(factor, **settings):
+    """The falling curve with all that happens at `factor` times the rate."""
+    return curve_of(lambda rate: falls_and_rises(rate / factor), **settings)
+
+
+def test_several_sweeps_suggest_their_geometric_mean():
+    one, other = shifted(1), shifted(4)
+    both = replace(one, repeats=(other,))
+    assert other.limit > 3 * one.limit
+    for name, rate in both.suggestions.items():
+        assert rate == pytest.approx(math.sqrt(one.suggestions[name] * other.suggestions[name]))
+    assert replace(one, repeats=(one, one)).suggestion == pytest.approx(one.suggestion)
+    probed = replace(both, probes=(Probe(rate=2e-4, peak=2e-4, loss=0.4), Probe(rate=1e-4, peak=1e-4, loss=0.5)))
+    assert probed.suggestion == 2e-4
+
+
+def test_several_sweeps_say_how_far_they_agree():
+    flat = curve_of(lambda rate: 2 + (rate / 3e-3) ** 2)
+    sure = shifted(1)
+    assert (flat.confidence, sure.confidence) == ("low", "high")
+    assert sure.limit / 4 < flat.limit < 4 * sure.limit
+    assert replace(sure, repeats=(flat, sure)).confidence == "high"
+    assert replace(sure, repeats=(flat, flat)).confidence == "low"
+    assert replace(sure, repeats=(flat,)).confidence == "low", "of two, the less sure"
+    near, far = replace(sure, repeats=(shifted(3),)), replace(sure, repeats=(shifted(8),))
+    assert (near.confidence, far.confidence) == ("high", "low")
+    assert f"first of 2 sweeps; their limits are {sure.limit:.1e} to {shifted(3).limit:.1e}" in near.verdict
+    assert "sweeps" not in sure.verdict
+
+
 def test_json_gives_the_same_curve_back():
+    repeated = replace(falling_curve(), repeats=(shifted(2), shifted(3)))
+    assert LRCurve.from_json(repeated.to_json()) == repeated
+    older = json.loads(falling_curve().to_json())
+    del older["repeats"]
+    assert LRCurve.from_json(json.dumps(older)) == falling_curve()
     curve = falling_curve(probes=(Probe(rate=1e-4, peak=3e-4, loss=None),), steps=99, seconds=1.25, mode="linear")
     again = LRCurve.from_json(curve.to_json())
     assert again == curve

@@ -89,6 +89,7 @@ CASES = {
     "linear": ({}, {"mode": "linear"}),
     "evaluation": ({}, {"eval_batches": 2}),
     "confirmed": ({}, {"confirm": True}),
+    "three sweeps": ({}, {"num_sweeps": 3}),
     "on disk": ({}, {"on disk": True}),
     "workers": ({"dataloader_num_workers": 1}, {}),
 }
@@ -517,6 +518,42 @@ def test_evaluation_workers_that_stay_are_not_asked(tmp_path):
     assert trainer._eval_dataloaders == loaders
 
 
+# ---- Several sweeps -------------------------------------------------------------------------------------------------
+
+
+class FirstSteps(Trainer):
+    """Keeps the batch and the weights of each step; in its class, as its attributes are put back."""
+
+    steps: ClassVar = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        self.steps.append((inputs["input_ids"].tolist(), weights))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class FirstGroupedSteps(FirstSteps, ULMFiTTrainer):
+    """The same with batches of like length."""
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [(FirstSteps, "random"), (FirstGroupedSteps, "group_by_length")])
+def test_each_sweep_has_the_same_start_and_other_batches(kind, strategy, tmp_path):
+    plain = make_trainer(tmp_path, ULMFiTTrainer, train_sampling_strategy=strategy)
+    trainer = kind(
+        model=plain.model, args=plain.args, train_dataset=plain.train_dataset, data_collator=plain.data_collator
+    )
+    FirstSteps.steps = []
+    curve = lr_range_test(trainer, num_sweeps=3, **SHORT)
+    assert curve.steps == len(FirstSteps.steps) == 72
+    batches, weights = zip(*FirstSteps.steps[::24], strict=True)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], FirstSteps.steps[1][1])
+    assert batches[0] != batches[1] != batches[2] != batches[0]
+    alone = lr_range_test(trainer, **SHORT)
+    assert (curve.rates, curve.losses) == (alone.rates, alone.losses), "the first is that of a single sweep"
+
+
 # ---- Confirmation ---------------------------------------------------------------------------------------------------
 
 
@@ -564,10 +601,11 @@ def test_nothing_is_worked_out_for_a_log(tmp_path, monkeypatch, clipped):
 # ---- For plans ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_takes_twice_the_steps(tmp_path):
+def test_a_plan_sweeps_three_times(tmp_path):
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
-    assert len(curve.rates) == 199, "all of them, but for the loss after the last"
+    assert [len(sweep.rates) for sweep in curve.sweeps] == [99] * 3, "all, but for the loss after the last"
+    assert curve.steps == 300
 
 
 def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
@@ -624,6 +662,8 @@ def test_rates_of_the_other_groups_keep_their_ratio(given, name, found, tmp_path
         ({"num_steps": 19}, "at least 20 steps"),
         ({"num_steps": 50.0}, "whole number.*Received: num_steps=50.0"),
         ({"num_steps": "100"}, "whole number.*Received: num_steps='100'"),
+        ({"num_sweeps": 0}, "num_sweeps is a whole number from 1. Received: num_sweeps=0"),
+        ({"num_sweeps": 2.0}, "num_sweeps is a whole number from 1"),
         ({"mode": "exponent"}, 'Did you mean "exponential"'),
         ({"eval_batches": -1}, "eval_batches"),
         ({"eval_batches": 2.0}, "whole number.*Received: eval_batches=2.0"),

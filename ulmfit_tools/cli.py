@@ -101,7 +101,7 @@ def lr_find(argv: Sequence[str]) -> int:
         if flags.json is not None and Path(flags.plot).resolve() == Path(flags.json).resolve():
             raise InputError(f"--plot and --json need a file each. Received: {flags.plot} for both")
     own = {f.name for c in (ModelFlags, DataFlags, RangeFlags) for f in dataclasses.fields(c)}
-    names = ("start_lr", "end_lr", "num_steps", "mode", "confirm", "eval_batches")
+    names = ("start_lr", "end_lr", "num_steps", "mode", "num_sweeps", "confirm", "eval_batches")
     with TemporaryDirectory() as folder:
         training = {key: value for key, value in given.items() if key not in own}
         trainer = _range_trainer(model, data, flags.validation_split, training, folder)

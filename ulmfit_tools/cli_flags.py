@@ -67,6 +67,7 @@ class RangeFlags:
     end_lr: float = _help("The last rate of the sweep; it stops before where the loss diverges.", 10.0)
     num_steps: int = _help("Optimizer steps of the sweep.", 100)
     mode: str = _help("exponential or linear.", "exponential")
+    num_sweeps: int = _help("Sweeps, each from the same start on other batches; the suggestions are their means.", 1)
     confirm: bool = _help("Also train short probes around the suggestion, and take the best.", False)
     eval_batches: int = _help(
         "Take the loss on this many batches of the validation split, not on the training batches.", 0

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.5  # the smoothing's reach to either side, in powers of e of the rate
+GRADES = ("low", "medium", "high")
 CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 BACK = 0.05  # how far above its first level the loss must be, as a share of it, to have lost all that it had gained
 SHALLOW = 4.0  # how far below `back` the turn can be told from noise
+APART = 4.0  # how far apart the limits of sweeps may lie before they say little
 ENDURED, LENGTH_POWER = 1.4, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
 
@@ -58,6 +60,8 @@ class LRCurve:
         seconds: Wall time of them.
         rate_share: The root mean square, over the layer groups, of a group's rate as a share of the head's.
         probes: What the confirmation tried; empty without one.
+        repeats: Other sweeps over the same rates from the same start, on other batches. Every suggestion is the
+            geometric mean over this sweep and them; they have no repeats and no probes of their own.
 
     Raises:
         InputError: The rates do not rise, are not as many as the losses, or are fewer than five.
@@ -74,6 +78,7 @@ class LRCurve:
     seconds: float = 0.0
     rate_share: float = 1.0
     probes: tuple[Probe, ...] = ()
+    repeats: tuple["LRCurve", ...] = ()
 
     def __post_init__(self) -> None:
         """Check the points."""
@@ -191,13 +196,24 @@ class LRCurve:
     @cached_property
     def suggestions(self) -> dict[str, float]:
         """The default and the usual readings, by name."""
-        return {"default": self.suggestion, **{name: reading(self) for name, reading in READINGS.items()}}
+        readings = {name: self._mean(reading) for name, reading in READINGS.items()}
+        return {"default": self.suggestion, **readings}
 
     @cached_property
     def suggestion(self) -> float:
         """The default: the best of the probes, or where there are none, `endurance`."""
         tried = [(probe.loss, probe.rate) for probe in self.probes if probe.loss is not None]
-        return min(tried)[1] if tried else endurance(self)
+        return min(tried)[1] if tried else self._mean(endurance)
+
+    @property
+    def sweeps(self) -> tuple["LRCurve", ...]:
+        """This sweep and its repeats."""
+        return (self, *self.repeats)
+
+    def _mean(self, reading: Callable[["LRCurve"], float]) -> float:
+        """The geometric mean of a reading over the sweeps."""
+        rates = [reading(sweep) for sweep in self.sweeps]
+        return math.prod(rates) ** (1 / len(rates))
 
     @property
     def cyclical_range(self) -> tuple[float, float]:
@@ -209,10 +225,24 @@ class LRCurve:
 
     @cached_property
     def confidence(self) -> str:
-        """How sure the suggestion is: "high", "medium" or "low"; `verdict` says why."""
-        if self.clearness < CLEAR or not self.turns_up or self._probes_say:
-            return "low"
-        return "high" if self.clearness >= SURE else "medium"
+        """How sure the suggestion is: "high", "medium" or "low"; `verdict` says why.
+
+        Of several sweeps it is the middle one's, and low where their limits lie far apart.
+        """
+        grades = sorted(sweep._grade for sweep in self.sweeps)
+        far_apart = max(self._limits) > APART * min(self._limits)
+        return "low" if far_apart or self._probes_say else GRADES[grades[(len(grades) - 1) // 2]]
+
+    @property
+    def _grade(self) -> int:
+        """How sure this sweep alone is: an index into `GRADES`."""
+        if self.clearness < CLEAR or not self.turns_up:
+            return 0
+        return 2 if self.clearness >= SURE else 1
+
+    @property
+    def _limits(self) -> list[float]:
+        return [sweep.limit for sweep in self.sweeps]
 
     @property
     def turns_up(self) -> bool:
@@ -222,8 +252,17 @@ class LRCurve:
 
     @cached_property
     def verdict(self) -> str:
-        """What the curve can tell, in a sentence, and in another what the probes left open."""
-        return " ".join(filter(None, (self._curve_says, self._probes_say)))
+        """What the curve can tell, in a sentence, and in others how far the sweeps agree and what probes left open."""
+        return " ".join(filter(None, (self._curve_says, self._repeats_say, self._probes_say)))
+
+    @property
+    def _repeats_say(self) -> str:
+        if not self.repeats:
+            return ""
+        return (
+            f"That is the first of {len(self.sweeps)} sweeps; their limits are {min(self._limits):.1e} to "
+            f"{max(self._limits):.1e}, and the suggestion is the mean of theirs."
+        )
 
     @property
     def _probes_say(self) -> str:
@@ -274,10 +313,16 @@ class LRCurve:
         try:
             values = json.loads(text)
             del values["read"]
-            values["probes"] = tuple(Probe(**probe) for probe in values["probes"])
-            return cls(**{**values, "rates": tuple(values["rates"]), "losses": tuple(values["losses"])})
+            return cls._of(values)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"This is not the JSON of a range test: {error}") from error
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> "LRCurve":
+        sequences: dict[str, Any] = {name: tuple(values[name]) for name in ("rates", "losses")}
+        sequences["probes"] = tuple(Probe(**probe) for probe in values["probes"])
+        sequences["repeats"] = tuple(cls._of(repeat) for repeat in values.get("repeats", ()))  # not in older files
+        return cls(**{**values, **sequences})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the losses, raw and smoothed, and the suggestions; see `reporting.lr_plot.plot_lr_curve`."""

@@ -125,7 +125,7 @@ class LossNotes(TrainerCallback):
             self.stopped, control.should_training_stop = "diverged", True
 
 
-def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) -> LossNotes:
+def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, order: int = 0) -> LossNotes:
     """Train a shallow copy of a trainer, at the rates of the notes and in all else as the trainer would.
 
     It shares the model and the data; what it does to them is for the caller to put back (`restoring.unchanged`). The
@@ -135,12 +135,17 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes) ->
         trainer: The trainer.
         optimizer: The one to use, if it has one already.
         notes: They begin empty.
+        order: 0 takes the batches in the trainer's own order; other numbers each take another one, where it is drawn
+            from the trainer's seed.
 
     Returns:
         The notes.
     """
     rehearsal: Any = copy.copy(trainer)
     rehearsal.args = _quiet(trainer.args, len(notes.rates))
+    if order:
+        seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+        rehearsal.args.data_seed = seed + order
     rehearsal.create_accelerator_and_postprocess()  # with its own loss scale and lists of what it prepared
     rehearsal.optimizer_cls_and_kwargs = _own_groups(trainer.optimizer_cls_and_kwargs)
     # Private to Trainer, which with workers that stay would take the loader of the last `evaluate` for any other rows.

@@ -39,6 +39,7 @@ MIXED_RATES = [4e-4, 2e-4, 8e-4, 1e-4, 1.6e-3]  # and twice or half as much whil
 RATES = [2e-4, 4e-4, 8e-4, 1e-4, 1.6e-3, 3e-3, 3e-5, 1e-5]  # in the order in which they are run
 SWEEPS: dict[str, dict[str, Any]] = {
     "ours": {"confirm": True},  # 1e-7 to 10 in 100 steps: also what fastai and torch-lr-finder do by default
+    "three": {"num_sweeps": 3},
     "lightning": {"start_lr": 1e-8, "end_lr": 1.0},
 }
 HABITS = [5e-5, 2e-5]
@@ -160,6 +161,7 @@ def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Cal
 
     ours: dict[str, Any] = {
         "ours, default": ("ours", lambda curve: without_probes(curve).suggestion, swept),
+        "ours, three sweeps": ("three", lambda curve: curve.suggestion, lambda curve: curve.steps),
         CONFIRMED: ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
     }
     for name, rule in {"random walk to the turn": lr_rules.random_walk, **READINGS}.items():

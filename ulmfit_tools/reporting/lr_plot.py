@@ -39,6 +39,9 @@ def plot_lr_curve(curve: LRCurve, ax: "Axes | None" = None) -> "Axes":
     ax = ax or _new_axes()
     ax.plot(curve.rates, curve.losses, ".", color="0.65", markersize=4, label="loss of each step")
     ax.plot(curve.rates, curve.smoothed, color="C0", linewidth=2, label="smoothed")
+    for number, sweep in enumerate(curve.repeats):
+        label = None if number else "the other sweeps, smoothed"
+        ax.plot(sweep.rates, sweep.smoothed, color="C0", linewidth=1, alpha=0.45, label=label)
     low, high = curve.cyclical_range
     ax.axvspan(low, high, color="C3", alpha=0.12, linewidth=0, label=f"for cycles: {low:.1e} to {high:.1e}")
     for name, rate in curve.suggestions.items():
@@ -46,7 +49,7 @@ def plot_lr_curve(curve: LRCurve, ax: "Axes | None" = None) -> "Axes":
         label = f"{name.replace('_', ' ')}: {rate:.1e}"
         ax.axvline(rate, color=_COLOURS[name], label=label, **style)
     ax.set_xscale("log" if curve.mode == "exponential" else "linear")
-    bottom = min(min(curve.losses), curve.smoothed[curve.lowest])
+    bottom = min(min(curve.losses), *(sweep.smoothed[sweep.lowest] for sweep in curve.sweeps))
     top = max(curve.level, *curve.losses[: curve.turn + 1])
     ax.set_ylim(bottom - 0.1 * (top - bottom), top + 0.5 * (top - bottom))
     ax.set_xlabel("Learning rate of the head")

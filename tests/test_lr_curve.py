@@ -86,19 +86,19 @@ def test_endurance_by_hand():
 
 
 def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
-    """The loss is 0 up to 0.1, 10 as before the fall at 1, and 11 at 10; neighbours weigh 0.01.
+    """The loss is 5 up to 0.1, 10 as before the fall at 1, and 11 at 10; neighbours weigh 0.01.
 
-    So the smoothed losses are (10 + 0.11) / 1.02 = 9.91 at 1 and (11 + 0.21) / 1.02 = 10.99 at 10, with 10.5 at 0.546
+    So the smoothed losses are (10 + 0.16) / 1.02 = 9.96 at 1 and (11 + 0.21) / 1.02 = 10.99 at 10, with 10.5 at 0.524
     of the way between them.
     """
     curve = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),
-        losses=(*[10.0] * 15, *[0.0] * 5, 10.0, *[11.0] * 20),
+        losses=(*[10.0] * 15, *[5.0] * 5, 10.0, *[11.0] * 20),
         start_loss=10.0,
         training_steps=8_000,
     )
     assert curve.rates[curve.turn] < 0.1
-    assert curve.back == pytest.approx(10**0.546, rel=0.01)
+    assert curve.back == pytest.approx(10**0.524, rel=0.01)
     assert curve.limit == curve.back / 4
 
 
@@ -341,6 +341,34 @@ def test_several_sweeps_say_how_far_they_agree():
     assert (near.confidence, far.confidence) == ("high", "low")
     assert f"first of 2 sweeps; their limits are {sure.limit:.1e} to {shifted(3).limit:.1e}" in near.verdict
     assert "sweeps" not in sure.verdict
+
+
+def test_rows_that_the_sweep_learns_hide_what_high_rates_do():
+    """The loss is 2 at its beginning; at 1e-4 it falls to 0.01, and only at 0.1 it rises: 1e-4 is the limit."""
+    losses = [2.0] * 20 + [0.01] * 30 + [5.0] * 2
+    rates = tuple(1e-8 * 100 ** (step / 10) for step in range(20)) + tuple(
+        1e-4 * 10 ** (step / 10) for step in range(32)
+    )
+    curve = LRCurve(rates=rates, losses=tuple(losses), start_loss=2.0, training_steps=2, stopped="diverged")
+    assert curve.rates[curve.turn] == pytest.approx(1e-4, rel=1)
+    assert curve.suggestion == curve.limit == curve.rates[curve.turn]
+    assert curve.confidence == "medium"
+    assert "next to nothing by" in curve.verdict
+    for end in (
+        replace(curve, stopped="end"),
+        replace(curve, rates=rates[:50], losses=tuple(losses[:50]), stopped="end"),
+    ):
+        assert end.suggestion == curve.suggestion
+        assert end.has_limit
+
+
+def test_a_sweep_without_a_limit_leaves_the_mean_to_the_others():
+    endless = curve_of(lambda rate: 2.0 - 1e-3 * math.log(rate), stopped="end")
+    sure = shifted(1)
+    assert not endless.has_limit
+    assert replace(endless, repeats=(sure,)).suggestion == sure.suggestion
+    assert replace(endless, repeats=(endless,)).suggestion == pytest.approx(endless.suggestion)
+    assert not replace(endless, repeats=(endless,)).has_limit
 
 
 def test_json_gives_the_same_curve_back():

@@ -606,13 +606,15 @@ def test_a_plan_sweeps_three_times(tmp_path):
     curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
     assert [len(sweep.rates) for sweep in curve.sweeps] == [99] * 3, "all, but for the loss after the last"
     assert curve.steps == 300
+    assert trainer.args.learning_rate == 1e-3, "as it was: no rate was too high"
+    assert json.loads((tmp_path / "lr_range.json").read_text())["read"]["taken"] == 1e-3
 
 
 def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
     record = tmp_path / "lr_range.json"
     find_learning_rate(make_trainer(tmp_path, ULMFiTTrainer), record, **SHORT)
     kept = json.loads(record.read_text())
-    kept["read"]["suggestions"]["default"] = 0.0123
+    kept["read"]["taken"] = 0.0123
     record.write_text(json.dumps(kept))
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     find_learning_rate(trainer, record)
@@ -622,9 +624,9 @@ def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
 def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):
     record = tmp_path / "lr_range.json"
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
-    curve = find_learning_rate(trainer, record, **SHORT)
+    curve = find_learning_rate(trainer, record, **SHORT | {"end_lr": 10})
     assert trainer.args.learning_rate == curve.suggestion != 1e-3
-    assert json.loads(record.read_text())["read"]["suggestions"]["default"] == curve.suggestion
+    assert json.loads(record.read_text())["read"]["taken"] == curve.suggestion
     monkeypatch.setattr(lr_range, "lr_range_test", None)
     again = make_trainer(tmp_path, ULMFiTTrainer)
     assert find_learning_rate(again, record) == curve

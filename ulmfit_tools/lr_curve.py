@@ -25,6 +25,7 @@ CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 BACK = 0.05  # how far above its first level the loss must be, as a share of it, to have lost all that it had gained
 SHALLOW = 4.0  # how far below `back` the turn can be told from noise
+LEARNED = 0.05  # a loss of this share of its level tells nothing more about the rates
 APART = 4.0  # how far apart the limits of sweeps may lie before they say little
 ENDURED, LENGTH_POWER = 1.4, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
@@ -148,13 +149,24 @@ class LRCurve:
         return fall / error if error > rounding else (math.inf if fall > rounding else 0.0)
 
     @cached_property
+    def learned(self) -> int | None:
+        """The index from which the loss is next to nothing; None where it never is.
+
+        Without a loss there are no gradients, and rates that would ruin a training pass unseen.
+        """
+        nothing = np.flatnonzero(np.abs(self.smoothed) < LEARNED * abs(self.level))
+        return int(nothing[0]) if nothing.size else None
+
+    @cached_property
     def turn(self) -> int:
         """The index from which the loss rises: its lowest, or where nothing clearly falls, the last harmless one.
 
         Among many noisy losses on a level, the lowest may be any of them, and some rate will have a few bad batches in
         a row. So a rise is one that stands out from the noise of all losses, not only from that of its neighbours, and
-        the lowest is looked for within two decades below it.
+        the lowest is looked for within two decades below it. Where the sweep has learned the rows, it is there.
         """
+        if self.learned is not None:
+            return self.learned
         smoothed, rates = np.array(self.smoothed), np.array(self.rates)
         so_far = np.array([np.median(self.losses[: max(index + 1, 10)]) for index in range(len(rates))])
         risen = smoothed - so_far > np.maximum(SURE * self.noise, SMALL * abs(self.level))
@@ -189,7 +201,7 @@ class LRCurve:
         The turn says most, but noise moves it: a head that is trained already leaves a shallow valley, in which the
         lowest loss may be anywhere. Where the valley is clear, its lowest lies within a factor of about 4 of `back`.
         """
-        return max(self.rates[self.turn], self.back / SHALLOW)
+        return self.rates[self.turn] if self.learned is not None else max(self.rates[self.turn], self.back / SHALLOW)
 
     # What they suggest
 
@@ -211,8 +223,8 @@ class LRCurve:
         return (self, *self.repeats)
 
     def _mean(self, reading: Callable[["LRCurve"], float]) -> float:
-        """The geometric mean of a reading over the sweeps."""
-        rates = [reading(sweep) for sweep in self.sweeps]
+        """The geometric mean of a reading over the sweeps, of those that find a limit where any does."""
+        rates = [reading(sweep) for sweep in self.sweeps if sweep._has_limit or not self.has_limit]
         return math.prod(rates) ** (1 / len(rates))
 
     @property
@@ -236,13 +248,22 @@ class LRCurve:
     @property
     def _grade(self) -> int:
         """How sure this sweep alone is: an index into `GRADES`."""
-        if self.clearness < CLEAR or not self.turns_up:
+        if self.clearness < CLEAR or not self._has_limit:
             return 0
-        return 2 if self.clearness >= SURE else 1
+        return 2 if self.clearness >= SURE and self.learned is None else 1
 
     @property
     def _limits(self) -> list[float]:
         return [sweep.limit for sweep in self.sweeps]
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether any sweep shows from where on rates are too high; else the suggestion rests on the range swept."""
+        return any(sweep._has_limit for sweep in self.sweeps)
+
+    @property
+    def _has_limit(self) -> bool:
+        return self.turns_up or self.learned is not None
 
     @property
     def turns_up(self) -> bool:
@@ -279,6 +300,11 @@ class LRCurve:
     @property
     def _curve_says(self) -> str:
         fall = self.level - self.smoothed[self.lowest]
+        if self.learned is not None:
+            return (
+                f"The loss falls to next to nothing by {self._turn}, so higher rates cannot be told apart: the rows "
+                "are easily learned, and a rate up to the suggestion will do."
+            )
         if self.clearness < CLEAR and fall < SMALL * abs(self.level):
             told = "The curve is too flat to decide: the loss does not fall at any rate"
         elif self.clearness < CLEAR:

@@ -136,7 +136,8 @@ def find_learning_rate(
 ) -> LRCurve:
     """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
 
-    A run that is resumed calls this again and gets the rate that stands in the file. All processes must call it.
+    A run that is resumed calls this again and gets the rate that stands in the file. Where no rate in the range is
+    too high, the trainer keeps the rate that it has. All processes must call it.
 
     Args:
         trainer: A trainer that has not made its optimizer yet, at the weights from which it is to train.
@@ -156,13 +157,18 @@ def find_learning_rate(
     broadcast_object_list(found)
     if found[0] is not None:
         curve = LRCurve.from_json(found[0])
-        rate = float(json.loads(found[0])["read"]["suggestions"]["default"])  # by the rule of its time
+        rate = float(json.loads(found[0])["read"]["taken"])  # by the rule of its time
     else:
         curve = lr_range_test(trainer, num_sweeps=num_sweeps, **settings)
+        rate = curve.suggestion if curve.has_limit else trainer.args.learning_rate
         if trainer.is_world_process_zero():
-            write_json(path, json.loads(curve.to_json()))
-        rate = curve.suggestion
-        logger.warning(f"Learning rate {rate:.2e} (confidence {curve.confidence}). {curve.verdict}")
+            values = json.loads(curve.to_json())
+            values["read"]["taken"] = rate
+            write_json(path, values)
+        if curve.has_limit:
+            logger.warning(f"Learning rate {rate:.2e} (confidence {curve.confidence}). {curve.verdict}")
+        else:
+            logger.warning(f"Learning rate {rate:.2e}, the one in the settings: no rate was too high. {curve.verdict}")
     set_learning_rate(trainer.args, rate)
     return curve
 

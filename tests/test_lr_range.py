@@ -518,6 +518,16 @@ def test_evaluation_workers_that_stay_are_not_asked(tmp_path):
     assert trainer._eval_dataloaders == loaders
 
 
+def test_progress_is_shown_where_the_trainer_shows_its_own(tmp_path, capsys):
+    lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
+    assert capsys.readouterr().err.strip() == ""
+    lr_range_test(make_trainer(tmp_path, disable_tqdm=False), confirm=True, **SHORT)
+    shown = capsys.readouterr().err
+    assert "Range test: " in shown
+    assert "/24 [" in shown
+    assert shown.count("Probe of") >= 3
+
+
 # ---- Several sweeps -------------------------------------------------------------------------------------------------
 
 

@@ -349,7 +349,7 @@ class FrozenPass:
             return found
 
         hidden = self.args.disable_tqdm or not self._leads
-        with tqdm(desc="Precomputing", unit="part", disable=hidden) as bar:
+        with tqdm(desc="Precomputing", unit=" part", disable=hidden) as bar:
 
             def show(done: int, parts: int) -> None:
                 bar.total = parts

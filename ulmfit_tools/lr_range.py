@@ -19,6 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -91,7 +92,7 @@ def lr_range_test(
             few rows for a batch (of a stream nobody knows), or a loss that is not a number before the first update.
     """
     rates = sweep_rates(start_lr, end_lr, num_steps, mode)
-    if not isinstance(num_sweeps, int) or num_sweeps < 1:
+    if not isinstance(num_sweeps, Integral) or num_sweeps < 1:
         raise InputError(f"num_sweeps is a whole number from 1. Received: num_sweeps={num_sweeps!r}")
     _check_trainer(trainer)
     _check_evaluation(trainer, eval_batches)
@@ -106,13 +107,21 @@ def lr_range_test(
         for order in range(num_sweeps):
             if order:
                 rewind()
-            notes = rehearse(trainer, optimizer, LossNotes(rates, eval_batches, has_diverged), order)
-            sweeps.append(_curve(notes, mode))
+            title = "Range test" if num_sweeps == 1 else f"Range test {order + 1} of {num_sweeps}"
+            with _progress(trainer, title, num_steps) as bar:
+                notes = LossNotes(rates, eval_batches, has_diverged, bar.update)
+                sweeps.append(_curve(rehearse(trainer, optimizer, notes, order), mode))
         steps = sum(sweep.steps for sweep in sweeps)
         curve = replace(sweeps[0], steps=steps, repeats=tuple(sweeps[1:]))
         if confirm:
             curve = _confirmed(curve, trainer, optimizer, eval_batches, rewind)
     return replace(curve, seconds=time.perf_counter() - start)
+
+
+def _progress(trainer: Trainer, title: str, steps: int) -> Any:
+    """A bar of so many steps, where the trainer shows its own; a sweep that ends early leaves it where it is."""
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    return tqdm(total=steps, desc=title, unit="step", disable=hidden, leave=False)
 
 
 def _curve(notes: LossNotes, mode: str) -> LRCurve:
@@ -204,9 +213,9 @@ def _confirmed(
         rewind()
         rate = curve.suggestion * factor
         peak = rate * max(curve.training_steps / steps, 1.0) ** LENGTH_POWER
-        notes = rehearse(
-            trainer, optimizer, LossNotes([peak * share for share in shape], eval_batches, lambda losses: False)
-        )
+        with _progress(trainer, f"Probe of {rate:.1e}", steps) as bar:
+            rates = [peak * share for share in shape]
+            notes = rehearse(trainer, optimizer, LossNotes(rates, eval_batches, lambda losses: False, bar.update))
         last = notes.losses[-(steps // 4) :]
         loss = sum(last) / len(last) if notes.stopped == "end" else None
         probes.append(Probe(rate=rate, peak=peak, loss=loss))

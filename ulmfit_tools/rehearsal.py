@@ -26,12 +26,20 @@ class LossNotes(TrainerCallback):
         rates: The head's rate at each update.
         eval_batches: How many batches of the evaluation set the loss is taken on; 0 for the training batches.
         stops: Whether these losses, the first of them from before any update, say that the run should end.
+        on_step: Called after each step, to show how far it is.
     """
 
-    def __init__(self, rates: Sequence[float], eval_batches: int, stops: Callable[[Sequence[float]], bool]) -> None:
+    def __init__(
+        self,
+        rates: Sequence[float],
+        eval_batches: int,
+        stops: Callable[[Sequence[float]], bool],
+        on_step: Callable[[], object],
+    ) -> None:
         self.rates = rates
         self.eval_batches = eval_batches
         self.stops = stops
+        self.on_step = on_step
         self.losses: list[float] = []
         self.updates = 0
         self.stopped = "end"
@@ -86,6 +94,7 @@ class LossNotes(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Takes the loss that goes with the step: the training batches saw the weights as they were before it."""
+        self.on_step()
         training_loss, self._train_losses = torch.stack(self._train_losses).sum(), []
         if not self.eval_batches and len(self.losses) == self.updates:
             self._note(training_loss, control)

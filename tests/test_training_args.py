@@ -125,3 +125,10 @@ def test_a_null_leaves_a_schedules_setting_at_its_default():
     assert ULMFiTTrainingArguments(
         "run", lr_scheduler_type="sgdr", lr_scheduler_kwargs=settings
     ).schedule_settings == {"cycle_len": 2}
+
+
+@pytest.mark.parametrize("share", [1.0, 2, -0.1])
+def test_label_smoothing_is_a_share(share):
+    with pytest.raises(InputError, match=f"from 0 to below 1. Received: label_smoothing_factor={share}"):
+        ULMFiTTrainingArguments("out", label_smoothing_factor=share)
+    assert ULMFiTTrainingArguments("out", label_smoothing_factor=0.9).label_smoothing_factor == 0.9

@@ -124,6 +124,11 @@ class ULMFiTTrainingArguments(TrainingArguments):
                 "enable_jit_checkpoint is not needed here: on SIGTERM the run writes a checkpoint after the step and"
                 " stops. Leave it out. Received: enable_jit_checkpoint=True"
             )
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise InputError(
+                "label_smoothing_factor is the share of each label that is spread over all classes, from 0 to below 1."
+                f" Received: label_smoothing_factor={self.label_smoothing_factor}"
+            )
         name = self.schedule_name
         allowed = [*SCHEDULES, *(known.value for known in SchedulerType)]
         if name not in allowed:

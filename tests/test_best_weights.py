@@ -67,7 +67,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_steps_of_checkpoints(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-8.staging", "best-weights", "checkpoint-x"):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-8.staging", "_best-weights", "checkpoint-x"):
         (tmp_path / name).mkdir()
     assert checkpoint_steps(tmp_path) == [9, 10]
 

@@ -459,7 +459,7 @@ def test_each_stage_begins_from_the_best_weights_so_far(tmp_path):
         all(torch.equal(at[a][name], at[b][name]) for name in at[a]) for a, b in ((6, 4), (6, 5), (12, 4), (12, 11))
     ]
     assert same == [True, False, False, False]  # 6 goes back to 4; 12 is itself the best
-    assert [path.name for path in (tmp_path / "best-weights").iterdir()] == ["step-000000012.safetensors"]
+    assert [path.name for path in (tmp_path / "_best-weights").iterdir()] == ["step-000000012.safetensors"]
 
 
 def test_best_weights_are_kept_for_each_checkpoint_that_is_left(tmp_path):
@@ -469,7 +469,7 @@ def test_best_weights_are_kept_for_each_checkpoint_that_is_left(tmp_path):
     trainer = trainer_of(tmp_path, unfreezing, num_train_epochs=5, **settings)
     trainer.compute_metrics = lambda prediction: {"accuracy": next(left, 0.0)}
     trainer.train()
-    kept = sorted(int(path.stem[5:]) for path in (tmp_path / "best-weights").iterdir())
+    kept = sorted(int(path.stem[5:]) for path in (tmp_path / "_best-weights").iterdir())
     assert kept == [2, 4, 10, 14]  # of checkpoint 3; of 6 and 9; of 12; the best
 
 
@@ -485,7 +485,7 @@ def test_best_weights_that_are_gone_are_missed(tmp_path):
     trainer, _ = watched(tmp_path / "here", GradualUnfreezing(**unfreezing), num_train_epochs=1, **settings)
     checkpoint = tmp_path / "here" / "checkpoint-3"
     assert best_step(trainer.state.log_history) < 3
-    with pytest.raises(InputError, match=r'put back the file. Received: ".*elsewhere.best-weights.step-00000000\d'):
+    with pytest.raises(InputError, match=r'put back the file. Received: ".*elsewhere._best-weights.step-00000000\d'):
         watched(tmp_path / "elsewhere", GradualUnfreezing(**unfreezing), resume=str(checkpoint), **settings)
 
 

@@ -252,6 +252,7 @@ class TestAnotherRunsFolder:
         aside = checkpoints.set_aside_run(folder)
         assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in inspect.getsource(Trainer.push_to_hub)
         assert aside.name.startswith("_")
+        assert weights_file(folder, 1).parent.name.startswith("_")  # nor are copies of this run's own weights
 
     def test_one_trainer_that_trains_twice(self, tmp_path):
         trainer = make_trainer(tmp_path, save_steps=5, save_total_limit=2)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ulmfit_tools.errors import InputError
 
-FOLDER = "best-weights"
+FOLDER = "_best-weights"  # Trainer pushes nothing to the Hub whose name begins with an underscore
 
 
 def weights_file(run_folder: str | Path, step: int) -> Path:

@@ -95,7 +95,7 @@ class GradualUnfreezing(TrainerCallback):
             own, on top of the schedule. Wants an optimizer whose groups each lie within one layer group.
         eval_mode_for_frozen: Frozen layers run in eval mode: no dropout, no new batch statistics.
         restore_best: Each stage begins from the weights of the best evaluation so far. They are kept in the folder
-            `best-weights` of `args.output_dir`; the optimizer's moments stay as they are.
+            `_best-weights` of `args.output_dir`; the optimizer's moments stay as they are.
         metric: The metric that `by="plateau"` and `restore_best` watch.
         greater_is_better: Whether that metric improves upwards.
 

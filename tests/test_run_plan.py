@@ -149,11 +149,13 @@ def test_resumed_run_ends_with_the_same_bits(whole, model, data, tmp_path, phase
     assert [p.metrics for p in result.phases] == [p.metrics for p in whole.phases]
 
 
-def test_moved_run_folder_resumes(whole, model, data, tmp_path):
+def test_moved_run_folder_resumes_and_says_where(whole, model, data, tmp_path, caplog):
     with pytest.raises(Stop):
         run(TWO_PHASES, model, data, tmp_path / "run", callbacks=[StopAt("02-all", 9)])
     (tmp_path / "run").rename(tmp_path / "moved")
+    assert "goes on from" not in caplog.text
     run(TWO_PHASES, model, data, tmp_path / "moved", resume=True)
+    assert caplog.text.count("Phase 2 of 2, 'all', goes on from checkpoint-6 (step 6 of 12)") == 1
     assert same(weights(tmp_path / "moved"), weights(whole.output_dir))
 
 
@@ -384,6 +386,9 @@ def test_phase_whose_checkpoints_are_all_damaged_starts_anew(whole, model, data,
     run(TWO_PHASES, model, data, tmp_path / "run", resume=True)
     assert "Phase 'all' starts anew" in caplog.text
     assert "optimizer.pt has 0 of" in caplog.text
+    assert "goes on from" not in caplog.text
+    names = [path.name for path in (tmp_path / "run/phases/02-all").iterdir()]
+    assert sorted(names) == ["phase.json", "trainer_state.json"]  # the damaged ones were set aside, and are gone too
     assert same(weights(tmp_path / "run"), weights(whole.output_dir))
 
 

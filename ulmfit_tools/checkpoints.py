@@ -30,6 +30,7 @@ from ulmfit_tools.errors import InputError
 MANIFEST = "manifest.json"
 RECORD = "ulmfit_state.json"  # what `ULMFiTTrainer` adds to Trainer's files
 STAGING = ".incomplete-"  # begins the name of what is being written
+EARLIER_RUN = "_earlier-run-"  # begins the name of where another run's checkpoints are kept
 _DELETED = ".deleted-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = [
@@ -308,7 +309,7 @@ def set_aside_run(folder: str | Path) -> Path | None:
     if not earlier:
         return None
     taken = {path.name for path in folder.iterdir()}
-    aside = folder / next(name for count in itertools.count(1) if (name := f"_earlier-run-{count}") not in taken)
+    aside = folder / next(name for count in itertools.count(1) if (name := f"{EARLIER_RUN}{count}") not in taken)
     aside.mkdir()
     for path in [folder / BEST_WEIGHTS, *earlier]:  # the last one last: killed before, a resume finds it
         if path.exists():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ulmfit_tools.checkpoints import clean_up, delete_folder, list_checkpoints, verify
+from ulmfit_tools.checkpoints import EARLIER_RUN, clean_up, delete_folder, list_checkpoints, verify
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.record import RunFolder
@@ -56,13 +56,13 @@ def go_on_after(folder: RunFolder, phases: Sequence[Phase], kept: int) -> None:
 def tidy(folder: RunFolder, phases: Sequence[Phase], index: int) -> None:
     """Remove what a phase's result makes needless: its checkpoints, and the weights that it started from.
 
-    Killed in between, it is done again on resume.
+    So are damaged checkpoints that it set aside when it started anew. Killed in between, it is done again on resume.
     """
     here = folder.phase_folder(index, phases[index].name)
-    for names in ("checkpoint-*", "model"):
+    for names in ("checkpoint-*", "model", f"{EARLIER_RUN}*"):
         clean_up(here, names)
-    for checkpoint in list_checkpoints(here):
-        delete_folder(checkpoint)
+    for checkpoints in [*list_checkpoints(here), *here.glob(f"{EARLIER_RUN}*")]:
+        delete_folder(checkpoints)
     if index > 0 and handed_on(folder, phases, index - 1).is_dir():
         delete_folder(handed_on(folder, phases, index - 1))
 

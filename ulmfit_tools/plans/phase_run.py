@@ -52,7 +52,7 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
     phase, args = job.phases[index], job.phase_args[index]
     groups = layer_groups(job.model)
     set_trainable(job.model, groups, phase.groups_to_train(groups.names))
-    callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name)]
+    callbacks = [*job.callbacks, _PhaseClock(job.folder, index, phase.name), _ResumeNote(job, index)]
     cycles = _cycles(args.schedule_settings) if args.schedule_name == "sgdr" else None
     if phase.until_overfit is not None:
         until = phase.until_overfit
@@ -265,6 +265,19 @@ def release(trainer: ULMFiTTrainer) -> None:
         if model.forward != original:  # not the class's: the user's
             model.forward = original
     trainer.accelerator.free_memory()
+
+
+class _ResumeNote(TrainerCallback):
+    """Says from which checkpoint a phase goes on."""
+
+    def __init__(self, job: Job, index: int):
+        self.where = f"Phase {index + 1} of {len(job.phases)}, '{job.phases[index].name}'"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The steps that are done are those of the checkpoint; a phase that begins has none."""
+        if state.global_step > 0:
+            step = f"step {state.global_step} of {state.max_steps}"
+            logger.warning(f"{self.where}, goes on from checkpoint-{state.global_step} ({step})")
 
 
 class _PhaseClock(TrainerCallback):

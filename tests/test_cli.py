@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_text import COLOURS, colour_folder, colour_texts, model_folder, write_csv
+from tqdm.auto import tqdm
 
 from ulmfit_tools import FineTuningPlan, InputError, LRCurve, cli, inference, load_text_classification
 from ulmfit_tools.activation_store import Entry, build
@@ -215,6 +216,21 @@ def test_an_interrupted_command_says_what_applies_to_it(capsys, monkeypatch):
     for command in (cli.train, functools.partial(cli.train, settings={"plan": "baseline"})):
         assert cli.run(command, []) == 130
         assert "--resume goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [InputError("no such thing"), KeyboardInterrupt()])
+def test_the_line_of_an_error_stands_below_the_bars_that_it_leaves(error, capsys):
+    def fails(argv):
+        outer = tqdm(total=3)
+        inner = tqdm(total=3, leave=False)
+        inner.update()
+        outer.update()
+        raise error
+
+    assert cli.run(fails, []) in (2, 130)
+    before, _, line = capsys.readouterr().err.rpartition("\n")[0].rpartition("\n")
+    assert "| 1/3 [" in before
+    assert line.startswith("ulmfit-tools: ")
 
 
 def test_config_file_serves_and_flags_win(model, data, tmp_path):

@@ -319,16 +319,26 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             distributed.destroy_process_group()
         return code
     except InputError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _print_end(str(error))
         return 2
     except TrainingInterrupted as stop:
-        print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        _print_end(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
         trains = getattr(command, "func", command) is train  # a recipe gives it settings of its own, by `partial`
         hint = "; --resume goes on from the last checkpoint" if trains else ""
-        print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
+        _print_end(f"interrupted{hint}")
         return 130
+
+
+def _print_end(line: str) -> None:
+    """Say why a command ends, below the progress bars that it leaves open: else in the midst of one."""
+    from tqdm import tqdm
+
+    for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):  # there is no public list of them
+        bar.leave = None  # the inner ones go, the outermost stays as it was, with an end of line
+        bar.close()
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -618,6 +618,33 @@ def test_evaluation_refuses_unknown_labels_and_splits(tmp_path):
         load_for_evaluation(tmp_path, ["cold", "warm", "grey"], split="tests")
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["True", "False"], ["false", "true"], [1, 0]),  # pandas wrote the file, the model is of a JSON file
+        (["true", "false"], ["False", "True"], [1, 0]),
+        (["True", "unsure"], ["true", "unsure"], [0, 1]),
+    ],
+)
+def test_true_and_false_may_be_written_otherwise_than_the_model_has_them(labels, names, indices, tmp_path):
+    texts = [text for text, _ in colour_texts(2)]
+    data = load_for_evaluation(write_csv(tmp_path / "d.csv", list(zip(texts, labels, strict=True))), names)
+    assert data.splits["train"]["labels"][:] == indices
+    assert sum("in other letters" in note for note in data.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"), [(["true"], ["True", "TRUE"]), (["Warm"], ["warm", "cold"]), (["true"], ["True", "truE"])]
+)
+def test_other_labels_are_matched_letter_by_letter(labels, names, tmp_path):
+    path = write_csv(tmp_path / "d.csv", [("the red sky", labels[0])])
+    with pytest.raises(InputError, match="labels that the model does not know"):
+        load_for_evaluation(path, names)
+    exact = load_for_evaluation(path, [*names, labels[0]])
+    assert exact.splits["train"]["labels"][:] == [2]
+    assert not any("in other letters" in note for note in exact.notes)
+
+
 def test_evaluation_prefers_the_columns_of_the_training(tmp_path):
     rows = [{"text": "a text", "title": "a title", "label": "warm"}] * 2
     path = write(tmp_path / "d.jsonl", rows)

@@ -14,6 +14,7 @@ from ulmfit_tools.errors import InputError
 
 INTEGER = re.compile(r"([+-]?\d+)(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_BOOLEANS = ("true", "false")
 _MANY = 20  # more numbers with fractions than these are measured; half stars and versions are still classes
 
 
@@ -35,6 +36,20 @@ def unified(labels: Mapping[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]
         name: pc.take(pa.array(map(_whole, found[name].to_pylist())), pc.index_in(column, found[name]))
         for name, column in labels.items()
     }
+
+
+def booleans_as(labels: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
+    """Writes true and false as `names` have them: JSON and Parquet give `true`, pandas writes `True` into a CSV file.
+
+    What is one of the names already stays, and so does what could be two of them.
+    """
+    found = pc.unique(labels)
+    written = []
+    for label in found.to_pylist():
+        meant = [name for name in names if name.lower() == label.lower()]
+        told_apart = label in names or len(meant) != 1 or label.lower() not in _BOOLEANS
+        written.append(label if told_apart else meant[0])
+    return pc.take(pa.array(written, pa.string()), pc.index_in(labels, found))
 
 
 def require_classes(labels: Mapping[str, pa.ChunkedArray], splits: Mapping[str, Split]) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from ulmfit_tools.data.columns import Columns, choose_columns, require_column
 from ulmfit_tools.data.fingerprint import content_fingerprint
-from ulmfit_tools.data.labels import require_classes, some, sorted_labels, unified, with_labels
+from ulmfit_tools.data.labels import booleans_as, require_classes, some, sorted_labels, unified, with_labels
 from ulmfit_tools.data.readers import nearest_path
 from ulmfit_tools.data.sources import Source, Split, open_source
 from ulmfit_tools.data.splitting import stratified_split, text_groups
@@ -144,13 +144,19 @@ def load_for_evaluation(
     if not set(found) <= set(label_names):
         labels = unified({name: labels})[name]
         found = pc.unique(labels).to_pylist()
+    notes = [*opened.notes, *columns.notes]
+    if not set(found) <= set(label_names):
+        matched = booleans_as(labels, label_names)
+        if not matched.equals(labels):
+            notes.append(f"Labels true and false are written in other letters than the model's: {some(label_names)}.")
+        labels, found = matched, pc.unique(matched).to_pylist()
     unknown = sorted_labels(set(found) - set(label_names))
     if unknown:
         raise InputError(
             f"{chosen.where} has labels that the model does not know: {some(unknown)}. "
             f"The model knows: {some(label_names)}"
         )
-    notes = [*opened.notes, *columns.notes, f"Evaluating on split {name}: {len(texts):,} rows."]
+    notes.append(f"Evaluating on split {name}: {len(texts):,} rows.")
     made = {name: with_labels(texts, labels, list(label_names))}
     return _assembled(made, columns, list(label_names), str(source), notes)
 

@@ -61,7 +61,7 @@ def test_train_learns_and_leaves_a_model_folder(trained):
 def test_evaluate_agrees_with_the_run(trained, data, capsys, tmp_path):
     assert main(["evaluate", "--model", str(trained), "--dataset", data, "--json", str(tmp_path / "e.json")]) == 0
     table = capsys.readouterr().out
-    assert 'Label column: "label" (guessed' in table
+    assert "guessed" not in table  # the columns are the run's
     assert all(label in table for label in COLOURS)
     scores = json.loads((tmp_path / "e.json").read_text())
     recorded = json.loads((trained / "results.json").read_text())["metrics"]["test"]
@@ -200,7 +200,7 @@ def test_lr_find_says_that_matplotlib_is_missing_before_it_loads(capsys, monkeyp
 
 
 def test_lr_find_of_no_training_is_refused(model, data, capsys):
-    flags = ["--model", model, "--dataset", data, "--use_cpu", "--num_train_epochs", "0"]
+    flags = ["--model", model, "--dataset", data, "--num_train_epochs", "0", *QUICK[:3]]
     assert "Received: num_train_epochs=0" in refused(capsys, "lr-find", *flags)
 
 
@@ -262,7 +262,8 @@ def test_the_seed_of_a_plan_decides_what_is_held_out(model, tmp_path):
 def test_the_data_are_described_by_the_main_process_alone(trained, model, data, capsys, monkeypatch, request, rank):
     monkeypatch.setenv("RANK", str(rank))
     request.addfinalizer(lambda: logging.getLogger("ulmfit_tools").setLevel(logging.NOTSET))  # `run` lowers it
-    assert main(["train", "--model", model, "--dataset", data, "--output_dir", str(trained), "--use_cpu"]) == 2
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(trained), "--use_cpu", "--resume"]
+    assert main(["train", *flags]) == 2  # its settings are others
     assert capsys.readouterr().out.count("train 192") == (rank == 0)
 
 
@@ -301,6 +302,22 @@ def test_wrong_flag_is_one_line(model, data, tmp_path, capsys, flags, message):
     line = refused(capsys, "train", "--model", model, "--dataset", data, "--output_dir", folder, "--use_cpu", *flags)
     assert message in line
     assert not folder.exists()
+
+
+def test_evaluate_reads_the_label_column_of_the_run(model, tmp_path, capsys):
+    rows = [(text, label, label[0]) for text, label in colour_texts(48)]
+    both = str(write_csv(tmp_path / "both.csv", rows, header=("text", "coarse_label", "fine_label")))
+    train = ["train", "--model", model, "--dataset", both, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("name: x\nphases:\n  - {name: head, train: head, steps: 1}\n")
+    assert main([*train, "--plan", str(plan), "--label_column", "coarse_label"]) == 0
+    flags = ["evaluate", "--model", str(tmp_path / "run"), "--dataset"]
+    assert main([*flags, both]) == 0
+    assert "warm" in capsys.readouterr().out
+    assert "does not know: c, g, w" in refused(capsys, *flags, both, "--label_column", "fine_label")
+    other = str(write_csv(tmp_path / "other.csv", colour_texts(9)))
+    assert main([*flags, other]) == 0
+    assert 'Label column: "label" (guessed' in capsys.readouterr().out
 
 
 def test_occupied_folder_is_refused_and_left_alone(trained, model, data, capsys):

@@ -76,6 +76,15 @@ def test_one_given_column_helps_to_guess_the_other():
     assert choose_columns({"a": CLASSES, "b": CLASSES}, where="d.csv", label_column="a").text == ("b",)
 
 
+def test_the_label_column_of_the_training_is_taken_where_the_data_have_it():
+    sample = {"text": SENTENCES, "label": CLASSES, "size": CLASSES}
+    taken = choose_columns(sample, where="d.csv", trained_label="size")
+    assert (taken.label, len(taken.notes)) == ("size", 1)  # the text column is guessed
+    assert choose_columns(sample, where="d.csv", trained_label="gone").label == "label"
+    assert choose_columns(sample, where="d.csv", label_column="label", trained_label="size").label == "label"
+    assert choose_columns(sample, where="d.csv", text_columns="text", trained_label="text").label == "label"
+
+
 def test_without_a_label():
     columns = choose_columns({"text": SENTENCES, "mood": CLASSES, "size": CLASSES}, where="d.csv", with_label=False)
     assert (columns.text, columns.label) == (("text",), None)

@@ -125,7 +125,7 @@ def test_a_model_that_chooses_no_label_is_refused(tmp_path, biases, config, rece
 def test_settings_of_a_run(folder):
     assert run_settings(str(folder)) == {}
     trained_on(folder, "a", "b", max_length=16)
-    assert run_settings(str(folder)) == {"text_columns": ["a", "b"], "max_length": 16}
+    assert run_settings(str(folder)) == {"text_columns": ["a", "b"], "label_column": None, "max_length": 16}
     for foreign in ("{}", "[]", '{"data": "x", "settings": {}}', '{"data": {}, "settings": {}}'):
         (folder / "run.json").write_text(foreign)
         assert run_settings(str(folder)) == {}

@@ -26,6 +26,7 @@ HARD = "[/cold] [blue] :smile: [b]x[/b]"  # to rich: an error, a style, a pictur
 DATA = TextClassificationData(
     splits=DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "labels": [0, 1]})}),
     text_columns=("text",),
+    label_column="label",
     label_names=[HARD, "other"],
     fingerprint="",
     source=f"source {HARD}.csv",

@@ -41,7 +41,7 @@ class DataFlags:
         "save_to_disk folder."
     )
     text_column: str | None = _help("Column of the text, or two for text pairs: premise,hypothesis. Guessed if clear.")
-    label_column: str | None = _help("Column of the label. Guessed if clear.")
+    label_column: str | None = _help("Column of the label. Guessed if clear; evaluate takes the run's.")
     max_length: int | None = _help("Cut texts to this many tokens. Default: what the model takes.")
 
 

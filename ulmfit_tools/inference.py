@@ -69,7 +69,7 @@ def evaluate_model(
         dataset: As for training.
         split: By default `test`, else `validation`, else the only one.
         text_columns: Text column(s); by default those that the run was trained on, else guessed.
-        label_column: Label column; by default guessed.
+        label_column: Label column; by default the one that the run was trained on, else guessed.
         max_length: Cut texts to this many tokens; by default to the length of the run's training.
         batch_size: Texts at a time.
         trust_remote_code: Allow a Hub model to run its own code.
@@ -87,6 +87,7 @@ def evaluate_model(
         text_columns=text_columns,
         trained_columns=trained.get("text_columns"),
         label_column=label_column,
+        trained_label=trained.get("label_column"),
     )
     _require_trained_form(len(data.text_columns), trained)
     notes = list(data.notes)  # without those of `tokenize`, which says them itself
@@ -204,10 +205,14 @@ def _label_names(model: PreTrainedModel) -> list[str]:
 
 
 def run_settings(model: str) -> dict[str, Any]:
-    """What a run folder says about its training: `text_columns` and `max_length`; nothing for any other model."""
+    """What a run folder says about its training: columns and `max_length`; nothing for any other model."""
     folder = Path(model).expanduser()
     values: Any = RunFolder(folder).read("run.json") if (folder / "run.json").is_file() else None
     try:
-        return {"text_columns": values["data"]["text_columns"], "max_length": values["settings"].get("max_length")}
+        return {
+            "text_columns": values["data"]["text_columns"],
+            "label_column": values["data"].get("label_column"),
+            "max_length": values["settings"].get("max_length"),
+        }
     except (KeyError, TypeError):  # there is none, or it is another tool's
         return {}

@@ -71,6 +71,7 @@ def choose_columns(
     text_columns: str | Sequence[str] | None = None,
     trained_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    trained_label: str | None = None,
     with_label: bool = True,
 ) -> Columns:
     """Chooses the text and label columns from a sample of rows.
@@ -81,6 +82,7 @@ def choose_columns(
         text_columns: The user's choice, if any.
         trained_columns: Those that the model was trained on: taken where no choice is given and the data has them.
         label_column: The user's choice, if any.
+        trained_label: The one that the model was trained on: as `trained_columns`.
         with_label: Whether a label column is wanted at all.
 
     Raises:
@@ -90,6 +92,8 @@ def choose_columns(
     given = parse_text_columns(text_columns, available)
     if given is None and trained_columns is not None and set(trained_columns) <= set(available):
         given = tuple(trained_columns)
+    if label_column is None and trained_label in available and trained_label not in (given or ()):
+        label_column = trained_label
     for name in [*(given or ()), *([label_column] if with_label and label_column is not None else [])]:
         require_column(name, available, where)
     notes = []

@@ -28,6 +28,7 @@ class TextClassificationData:
         splits: `train`, and `validation` and `test` where there are any; each with the text columns and `labels`, the
             index of the class in `label_names` (a `ClassLabel` feature).
         text_columns: One column, or two for text pairs.
+        label_column: The column that the classes were read from.
         label_names: The names of the classes, in the order of their indices.
         fingerprint: A hash of everything above: the same for the same rows, columns and splits wherever they lie, and
             another one when any of them changes.
@@ -37,6 +38,7 @@ class TextClassificationData:
 
     splits: DatasetDict
     text_columns: tuple[str, ...]
+    label_column: str
     label_names: list[str]
     fingerprint: str
     source: str
@@ -103,6 +105,7 @@ def load_for_evaluation(
     text_columns: str | Sequence[str] | None = None,
     trained_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    trained_label: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
 ) -> TextClassificationData:
@@ -115,6 +118,7 @@ def load_for_evaluation(
         text_columns: As for `load_text_classification`.
         trained_columns: Text columns that the model was trained on: taken before any guess where the data has them.
         label_column: As for `load_text_classification`.
+        trained_label: The label column that the model was trained on: as `trained_columns`.
         config_name: The configuration of a Hub dataset.
         revision: The revision of a Hub dataset.
 
@@ -137,6 +141,7 @@ def load_for_evaluation(
         text_columns=text_columns,
         trained_columns=trained_columns,
         label_column=label_column,
+        trained_label=trained_label,
     )
     assert columns.label is not None  # choose_columns was asked for one
     texts, labels = chosen.read(columns.text, columns.label)
@@ -267,6 +272,7 @@ def _assembled(
     return TextClassificationData(
         splits=DatasetDict(made),
         text_columns=columns.text,
+        label_column=str(columns.label),
         label_names=label_names,
         fingerprint=fingerprint,
         source=source,

@@ -12,13 +12,14 @@ from ulmfit_tools.layers import LayerGroups
 
 
 def describe_data(data: TextClassificationData) -> dict[str, Any]:
-    """What the data is: a hash of its rows, and what people want to know of it."""
+    """What the data is: what people want to know of it, causes before what follows from them; a hash of its rows."""
     return {
         "source": data.source,
-        "fingerprint": data.fingerprint,
-        "rows": {name: len(split) for name, split in data.splits.items()},
         "text_columns": list(data.text_columns),
+        "label_column": data.label_column,
         "label_names": list(data.label_names),
+        "rows": {name: len(split) for name, split in data.splits.items()},
+        "fingerprint": data.fingerprint,
     }
 
 

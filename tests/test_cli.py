@@ -304,6 +304,35 @@ def test_wrong_flag_is_one_line(model, data, tmp_path, capsys, flags, message):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "-1"], "learning_rate must be positive"),
+        (["--max_steps", "5"], "max_steps has no place"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--output_dir", "a.csv"], "a.csv is a file: name another. Received: a.csv"),
+        (["--output_dir", "a.csv/run"], "a.csv is a file: name another. Received: a.csv/run"),
+        (["--output_dir", "."], "is not empty"),
+        (["--output_dir", "/proc/no/run"], "cannot be written to (/proc: No such file"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_they_are_read(tmp_path, capsys, monkeypatch, flags, message):
+    if "/proc/no/run" in flags and not Path("/proc").is_dir():
+        pytest.skip("a place where even root can make no folder")
+    (tmp_path / "a.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    where = ["--model", "no/model", "--dataset", "no_data.csv", "--output_dir", "run", "--use_cpu"]
+    assert message in refused(capsys, "train", *where, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_flag_that_serves_some_phases_is_said_once(model, data, tmp_path, caplog):
+    flags = ["--model", model, "--dataset", data, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
+    with caplog.at_level(logging.WARNING):
+        assert main(["train", *flags, *QUICK]) == 0
+    assert caplog.text.count("--num_train_epochs serves 'all' of the plan's phases.") == 1
+
+
 def test_evaluate_reads_the_label_column_of_the_run(model, tmp_path, capsys):
     rows = [(text, label, label[0]) for text, label in colour_texts(48)]
     both = str(write_csv(tmp_path / "both.csv", rows, header=("text", "coarse_label", "fine_label")))
@@ -318,6 +347,10 @@ def test_evaluate_reads_the_label_column_of_the_run(model, tmp_path, capsys):
     other = str(write_csv(tmp_path / "other.csv", colour_texts(9)))
     assert main([*flags, other]) == 0
     assert 'Label column: "label" (guessed' in capsys.readouterr().out
+    line = refused(capsys, *train, "--plan", plan, "--label_column", "fine_label", "--resume")
+    assert 'made otherwise: data.label_column: "coarse_label" -> "fine_label"; data.label_names: ["cold", ' in line
+    assert re.search(r"; and \d+ more\. Give what that run was given, or --overwrite to start anew", line)
+    assert "model." not in line
 
 
 def test_occupied_folder_is_refused_and_left_alone(trained, model, data, capsys):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tiny_text import colour_folder, model_folder
 from torch.nn.functional import cross_entropy
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase
-from ulmfit_tools.plans.settings import run_arguments
+from ulmfit_tools.plans.settings import run_arguments, run_notes
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,11 @@ def test_a_run_is_resumed_with_its_own_loss_only(model, data, tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-def test_label_smoothing_is_left_out_aloud_or_refused(tmp_path, caplog):
+def test_label_smoothing_is_left_out_aloud_or_refused(tmp_path):
     plan = FineTuningPlan.load("gradual_unfreezing")
-    with caplog.at_level(logging.WARNING):
-        assert run_arguments(plan, tmp_path, {}, own_loss=True).label_smoothing_factor == 0
-    assert "label_smoothing_factor of plan 'gradual_unfreezing' is left out" in caplog.text
+    assert run_arguments(plan, tmp_path, {}, own_loss=True).label_smoothing_factor == 0
+    (note,) = run_notes(plan, {}, own_loss=True)
+    assert note.startswith("label_smoothing_factor of plan 'gradual_unfreezing' is left out")
+    assert run_notes(plan, {}) == []
     with pytest.raises(InputError, match="label_smoothing_factor would do nothing beside compute_loss_func"):
         run_arguments(plan, tmp_path, {"label_smoothing_factor": 0.1}, own_loss=True)

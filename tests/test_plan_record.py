@@ -51,6 +51,16 @@ def test_a_run_is_the_same_however_the_paths_are_spelt(cwd, model, data, home, w
     assert (recorded["model"]["name"], recorded["data"]["source"]) == ("model", "data")  # as it was begun
 
 
+def test_a_run_of_a_version_that_recorded_less_goes_on(home, whole, tmp_path):
+    folder = shutil.copytree(home / "run", tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    for part, key in (("model", "config"), ("model", "tokenizer"), ("data", "label_column")):
+        del record[part][key]
+    (folder / "run.json").write_text(json.dumps(record))
+    run(TWO_PHASES, str(home / "model"), str(home / "data"), folder, resume=True)
+    assert same(weights(folder), weights(whole))
+
+
 def lower_dropout(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.05}))

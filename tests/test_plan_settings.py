@@ -1,6 +1,5 @@
 """Whose word counts in a run of phases: flags, the plan's settings, what a phase names itself; and that it is said."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from tiny_text import colour_folder, model_folder
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, UntilOverfit
 from ulmfit_tools.cli import main
-from ulmfit_tools.plans.settings import phase_arguments, run_arguments
+from ulmfit_tools.plans.settings import phase_arguments, run_arguments, run_notes
 
 BEST = Phase(name="best", keep="best")
 LAST = Phase(name="last")
@@ -71,11 +70,11 @@ def arguments(plan, **given):
         ([Phase(name="found", learning_rate="auto")], {"learning_rate_low": 1e-6}, [1e-6], None),
     ],
 )
-def test_a_flag_serves_the_phases_that_name_none_of_their_own_and_says_so(phases, given, values, line, caplog):
-    with caplog.at_level(logging.WARNING):
-        made = arguments(plan_of(*phases), **given)
+def test_a_flag_serves_the_phases_that_name_none_of_their_own_and_says_so(phases, given, values, line):
+    made = arguments(plan_of(*phases), **given)
     assert [getattr(args, next(iter(given))) for args in made] == values
-    assert caplog.text == "" if line is None else line in caplog.text
+    notes = "\n".join(run_notes(plan_of(*phases), given))
+    assert notes == "" if line is None else line in notes
 
 
 @pytest.mark.parametrize(

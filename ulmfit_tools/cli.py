@@ -42,6 +42,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
     """
     from ulmfit_tools.data import load_text_classification
     from ulmfit_tools.plans import FineTuningPlan, run_plan
+    from ulmfit_tools.plans.run import check_run
     from ulmfit_tools.reporting.tables import print_data, print_result
     from ulmfit_tools.trainer import ULMFiTTrainingArguments
 
@@ -55,13 +56,15 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
     training = {key: value for key, value in given.items() if key not in own}
     if "output_dir" not in training:
         raise InputError("train needs --output_dir, the folder for the run")
+    output_dir = training.pop("output_dir")
     plan = FineTuningPlan.load(flags.plan)
+    args = check_run(plan, output_dir, training, resume=flags.resume, overwrite=flags.overwrite)
     data = load_text_classification(
         data_flags.dataset,
         text_columns=data_flags.text_column,
         label_column=data_flags.label_column,
         validation_split=flags.validation_split,
-        seed=training.get("seed", plan.settings.get("seed", 42)),
+        seed=args.seed,
     )
     if _main_process():
         print_data(data)
@@ -69,7 +72,7 @@ def train(argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> int
         plan,
         model=model.model,
         data=data,
-        output_dir=training.pop("output_dir"),
+        output_dir=output_dir,
         max_length=data_flags.max_length,
         resume=flags.resume,
         overwrite=flags.overwrite,

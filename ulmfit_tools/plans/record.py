@@ -15,6 +15,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ulmfit_tools.checkpoints import STAGING, clean_up, delete_folder, write_json
@@ -35,7 +36,8 @@ _NEUTRAL = {
 
 # What `run.json` holds beside the versions. Where a fingerprint is the same, how the path was spelt is of no account.
 _PARTS = ("plan", "settings", "data", "model", "processes")
-_SPELLINGS = (("data", "source"), ("model", "name"))
+_SPELLINGS = {"data": "source", "model": "name"}
+_SHOWN = 3  # so many differences are named, the causes first; another label column alone makes ten
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,17 @@ def describe_run(plan: dict, settings: dict, data: dict, model: dict, processes:
     return json.loads(json.dumps(record | {"versions": versions}, default=str))
 
 
-def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Decide whether a run may start or go on in this folder; nothing is written.
+def check_folder(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Decide whether a run may start or go on in this folder, whatever it is of; the folder stays as it is.
 
     Raises:
-        InputError: The folder holds another run, or other files, and neither `resume` nor `overwrite` was given;
-            or `resume` was and the plan, settings, dataset, model or number of processes differ; or both were.
+        InputError: The folder cannot be written to; or it holds a run, or other files, and neither `resume` nor
+            `overwrite` was given; or both were.
     """
     if resume and overwrite:
         raise InputError("--resume goes on with the run in a folder and --overwrite deletes it: give one of them")
+    if not (folder.path / "run.json").is_file():
+        _check_place(folder.path)
     old = folder.record()
     if overwrite:
         return
@@ -122,25 +126,57 @@ def check_folder(folder: RunFolder, description: dict[str, Any], *, resume: bool
                 f"{folder.path} is not empty and holds no run of this tool: choose another --output_dir, "
                 "or add --overwrite to write into it"
             )
-        return
-    if not resume:
+    elif not resume:
         raise InputError(
             f"{folder.path} holds a run already (plan '{old['plan']['name']}'): add --resume to go on with it, "
             "--overwrite to delete it, or choose another --output_dir"
         )
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a run folder that is a file or cannot be made; it is tried, since permissions do not tell all."""
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise InputError(
+            f"--output_dir is the folder for the run, and {there} is a file: name another. Received: {path}"
+        )
+    try:
+        TemporaryDirectory(prefix=STAGING, dir=there).cleanup()
+    except OSError as error:
+        raise InputError(
+            f"--output_dir cannot be written to ({there}: {error.strerror}): name another folder. Received: {path}"
+        ) from None
+
+
+def check_same_run(folder: RunFolder, description: dict[str, Any]) -> None:
+    """Decide whether the run in a folder may go on as the run of this description; where there is none, it may begin.
+
+    Raises:
+        InputError: The plan, settings, dataset, model or number of processes differ.
+    """
+    old = folder.record()
+    if old is None:
+        return
     then, now = ({part: values[part] for part in _PARTS} for values in (old, description))
-    for part, spelling in _SPELLINGS:
-        if then[part].get("fingerprint") == now[part]["fingerprint"]:
-            then[part] = then[part] | {spelling: now[part][spelling]}
+    for part, spelling in _SPELLINGS.items():
+        same = then[part].get("fingerprint") == now[part]["fingerprint"]
+        # What an earlier version of this tool did not yet record of the data or the model is not compared.
+        now[part] = {key: value for key, value in now[part].items() if key in then[part]}
+        if same:
+            now[part][spelling] = then[part].get(spelling)
     changes = differences(then, now)
     if changes:
-        raise InputError(f"{folder.path} cannot be resumed, since it was made otherwise: {'; '.join(changes)}")
+        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        raise InputError(
+            f"{folder.path} cannot be resumed, since it was made otherwise: {'; '.join(changes[:_SHOWN])}{more}. Give "
+            "what that run was given, or --overwrite to start anew, or another --output_dir"
+        )
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The leaves in which two JSON values differ, each as `path: old -> new`, sorted by path."""
+    """The leaves in which two JSON values differ, each as `path: old -> new`, in the order of the new one."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
+        keys = dict.fromkeys([*new, *old])
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(map(_is_tree, old)):
         return [

@@ -33,9 +33,9 @@ from ulmfit_tools.plans.identity import describe_data, describe_model
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.phase_run import Job, phase_trainer, release, run_phase, trains
 from ulmfit_tools.plans.plan import FineTuningPlan
-from ulmfit_tools.plans.record import RunFolder, check_folder, describe_run, start_folder
+from ulmfit_tools.plans.record import RunFolder, check_folder, check_same_run, describe_run, start_folder
 from ulmfit_tools.plans.results import PhaseResult, PlanResult, clean_metrics
-from ulmfit_tools.plans.settings import phase_arguments, run_arguments
+from ulmfit_tools.plans.settings import phase_arguments, run_arguments, run_notes
 from ulmfit_tools.trainer import (
     ULMFiTTrainer,
     ULMFiTTrainingArguments,
@@ -97,7 +97,9 @@ def run_plan(
     """
     plan = plan if isinstance(plan, FineTuningPlan) else FineTuningPlan.load(plan)
     own = {"own_metrics": compute_metrics is not classification_metrics, "own_loss": compute_loss_func is not None}
-    args = run_arguments(plan, output_dir, training_arguments, **own)
+    args = check_run(plan, output_dir, training_arguments, resume=resume, overwrite=overwrite, **own)
+    for note in run_notes(plan, training_arguments, own_loss=own["own_loss"]):
+        logger.warning(note)
     folder = RunFolder(Path(output_dir))
     if isinstance(data, (str, Path)):
         data = load_text_classification(str(data), seed=args.seed)
@@ -116,7 +118,9 @@ def run_plan(
     described = {"name": model_name, **describe_model(classifier, tokenizer, groups)}
     description = describe_run(plan.to_dict(), settings, describe_data(data), described, args.world_size)
     state = PartialState()
-    check_folder(folder, description, resume=resume, overwrite=overwrite)
+    check_folder(folder, resume=resume, overwrite=overwrite)  # again: another run may have begun in it since
+    if resume:
+        check_same_run(folder, description)
     finished = None if overwrite else folder.read("results.json", "plan", "phases", "metrics", "seconds")
     kept = 0 if overwrite or finished else phases_to_keep(folder, phases)
     state.wait_for_everyone()  # every process has looked before the first one writes
@@ -139,6 +143,33 @@ def run_plan(
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def check_run(
+    plan: FineTuningPlan,
+    output_dir: str | Path,
+    given: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    **own: bool,
+) -> ULMFiTTrainingArguments:
+    """The training arguments of a run, and whatever can be refused before its data are read; nothing is written.
+
+    Args:
+        plan: The plan to run.
+        output_dir: The run folder.
+        given: The arguments that the user set.
+        resume: As for `run_plan`.
+        overwrite: As for `run_plan`.
+        **own: `own_metrics` and `own_loss`, as for `run_arguments`.
+
+    Raises:
+        InputError: An argument is wrong or would do nothing, or the folder cannot be this run's.
+    """
+    args = run_arguments(plan, output_dir, given, **own)
+    check_folder(RunFolder(Path(output_dir)), resume=resume, overwrite=overwrite)
+    return args
 
 
 def _name(function: Callable | None) -> str | None:

@@ -5,15 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.schedules import SCHEDULES
 from ulmfit_tools.trainer import ULMFiTTrainingArguments
-
-logger = logging.get_logger(__name__)
 
 # What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch. A phase
 # is prepared with just its own parameters trainable, so DDP need not search for unused ones in each step.
@@ -91,11 +87,11 @@ def run_arguments(
                 raise InputError(f"{origin}: {key} has no place in a run of phases: {_MANAGED[key]}")
             if key not in names or key == "output_dir":
                 raise InputError(f"{origin}: there is no training argument {key!r}.{nearest(key, names)}")
-    values = {"output_dir": str(output_dir), **_RUN_DEFAULTS, **_settings_beside(plan, given), **given}
+    values = {"output_dir": str(output_dir), **_values(plan, given)}
     for key in given:
         _check_used(plan, key, values)
-    if own_loss and values.pop("label_smoothing_factor", 0):
-        _say_unsmoothed(plan, given)
+    if own_loss and values.pop("label_smoothing_factor", 0) and "label_smoothing_factor" in given:
+        raise InputError("label_smoothing_factor would do nothing beside compute_loss_func: smooth the labels there")
     _check_metric(values.get("metric_for_best_model") or "loss", own_metrics)
     # Some phases may warm up while others, with the run's schedule, have a rise of their own: see `phase_arguments`.
     warmup = values.pop("warmup_steps", 0) if any(_warms_up(phase, values) for phase in plan.phases) else None
@@ -115,6 +111,30 @@ def run_arguments(
     return args
 
 
+def run_notes(plan: FineTuningPlan, given: Mapping[str, Any], *, own_loss: bool = False) -> list[str]:
+    """What to say aloud of arguments that `run_arguments` takes: where they do nothing.
+
+    Args:
+        plan: As for `run_arguments`.
+        given: As for `run_arguments`.
+        own_loss: As for `run_arguments`.
+
+    Returns:
+        One line each.
+    """
+    values = _values(plan, given)
+    notes = []
+    for key in given:
+        without = _without(plan, key, values)
+        if without:
+            served = ", ".join(f"'{phase.name}'" for phase in plan.phases if phase.name not in without)
+            others = "; ".join(f"'{name}' {reason}" for name, reason in without.items())
+            notes.append(f"--{key} serves {served} of the plan's phases. {others}.")
+    if own_loss and values.get("label_smoothing_factor", 0):
+        notes.append(f"label_smoothing_factor of plan '{plan.name}' is left out: compute_loss_func is the loss.")
+    return notes
+
+
 def _check_metric(best_by: Any, own_metrics: bool) -> None:
     name = str(best_by).removeprefix("eval_")
     if name not in _BEST_BY and not (own_metrics and isinstance(best_by, str)):
@@ -124,10 +144,8 @@ def _check_metric(best_by: Any, own_metrics: bool) -> None:
         )
 
 
-def _say_unsmoothed(plan: FineTuningPlan, given: Mapping[str, Any]) -> None:
-    if "label_smoothing_factor" in given:
-        raise InputError("label_smoothing_factor would do nothing beside compute_loss_func: smooth the labels there")
-    logger.warning(f"label_smoothing_factor of plan '{plan.name}' is left out: compute_loss_func is the loss.")
+def _values(plan: FineTuningPlan, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_RUN_DEFAULTS, **_settings_beside(plan, given), **given}
 
 
 def _settings_beside(plan: FineTuningPlan, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,24 +170,25 @@ def _schedule(phase: Phase, values: Mapping[str, Any]) -> str:
 
 
 def _check_used(plan: FineTuningPlan, key: str, values: Mapping[str, Any]) -> None:
-    """Say for which phases a given argument does nothing, and refuse it where these are all."""
-    reasons = {phase.name: _unused(phase, key, values) for phase in plan.phases}
-    without = {name: reason for name, reason in reasons.items() if reason is not None}
-    if len(without) == len(reasons):
+    """Refuse an argument that does nothing for any phase."""
+    without = _without(plan, key, values)
+    if len(without) == len(plan.phases):
         why = " or ".join(dict.fromkeys(without.values()))
         raise InputError(
             f"--{key} would do nothing: every phase of plan '{plan.name}' {why}; change the plan's file, or leave the "
             "flag out"
         )
-    if without:
-        served = ", ".join(f"'{name}'" for name in reasons if name not in without)
-        others = "; ".join(f"'{name}' {reason}" for name, reason in without.items())
-        logger.warning(f"--{key} serves {served} of the plan's phases. {others}.")
     if key == "metric_for_best_model" and all(phase.keep != "best" for phase in plan.phases):
         raise InputError(
             f"--{key} would do nothing: no phase of plan '{plan.name}' keeps its best weights; give one 'keep: best', "
             "or leave the flag out"
         )
+
+
+def _without(plan: FineTuningPlan, key: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """The phases for which an argument does nothing, each with the reason."""
+    reasons = {phase.name: _unused(phase, key, values) for phase in plan.phases}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _unused(phase: Phase, key: str, values: Mapping[str, Any]) -> str | None:

@@ -71,7 +71,7 @@ def test_standard_error_is_that_of_the_mean_of_noise():
 def test_endurance_by_hand():
     """The level is 10, the turn at 1; half-way to the next point, at sqrt(10), the loss is back at 10.5.
 
-    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 1.4 / 20 of it.
+    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 3.96 / 20 of it.
     """
     curve = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),  # so far apart that the smoothing changes little
@@ -82,7 +82,7 @@ def test_endurance_by_hand():
     assert curve.rates[curve.turn] == 1
     assert curve.back == pytest.approx(10 ** (1 / 2), rel=0.01)
     assert curve.limit == 1
-    assert curve.suggestion == pytest.approx(0.07)
+    assert curve.suggestion == pytest.approx(0.198)
 
 
 def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
@@ -124,10 +124,15 @@ def test_the_level_of_a_linear_sweep_is_that_of_its_beginning():
 
 
 def test_rates_that_fall_towards_the_input_bear_more():
-    """Two groups, one at a seventh of the head's rate: rms = sqrt((1 + 1 / 49) / 2) = 5 / 7."""
-    even, falling = falling_curve(), falling_curve(rate_share=5 / 7)
-    assert falling.suggestion == pytest.approx(1.4 * even.suggestion)
-    assert falling_curve(rate_share=1e-3).suggestion == even.limit  # but no more than the sweep
+    """Two groups, the other at 3/4 of the head's rate: the norm is 5/4, and with one rate the root of 2."""
+    even, falling = falling_curve(rate_norm=math.sqrt(2)), falling_curve(rate_norm=5 / 4)
+    assert falling.suggestion == pytest.approx(math.sqrt(2) / 1.25 * even.suggestion)
+    assert falling_curve(rate_norm=1e-3).suggestion == even.limit  # but no more than the sweep
+
+
+def test_four_times_the_layers_take_half_the_rate():
+    few, many = falling_curve(rate_norm=math.sqrt(4)), falling_curve(rate_norm=math.sqrt(16))
+    assert many.suggestion == pytest.approx(few.suggestion / 2)
 
 
 def test_eight_times_the_steps_take_half_the_rate():

@@ -186,7 +186,7 @@ def test_with_parameter_groups_that_were_passed(make, kind, tmp_path):
         trainer = make_trainer(tmp_path, kind, model, {"optimizer_cls_and_kwargs": given}, **settings)
         if tested:
             curve = lr_range_test(trainer, confirm=True, **SHORT)
-            assert curve.rate_share == pytest.approx(((5 * 0.01**2 + 1) / 6) ** 0.5)  # of 6 layer groups
+            assert curve.rate_norm == pytest.approx((5 * 0.01**2 + 1) ** 0.5)  # of 6 layer groups
         ends.append(end_of_training(trainer))
         assert ends[-1]["rates"] == [1e-5, 1e-3]
     assert_same(*ends)
@@ -335,14 +335,16 @@ def test_one_multiplier_over_all_groups(tmp_path):
     assert seen.shape == (len(curve.rates) + 1, groups)
     assert seen / seen[:, -1:] == pytest.approx(np.tile(ratios, (len(seen), 1)))
     assert seen[:-1, -1] == pytest.approx(curve.rates)
-    assert curve.rate_share == pytest.approx((sum(4.0**-n for n in range(groups)) / groups) ** 0.5)
+    assert curve.rate_norm == pytest.approx(sum(4.0**-n for n in range(groups)) ** 0.5)
 
 
 def test_the_share_of_the_rates_counts_the_groups_that_train(tmp_path):
-    assert lr_range_test(make_trainer(tmp_path), **SHORT).rate_share == 1.0  # one rate for all
+    assert lr_range_test(make_trainer(tmp_path), **SHORT).rate_norm == pytest.approx(
+        6**0.5
+    )  # one rate for all of 6 layer groups
     trainer = watching(tmp_path)
     freeze_to(trainer.model, -2)
-    assert lr_range_test(trainer, **SHORT).rate_share == pytest.approx(((1 + 1 / 4) / 2) ** 0.5)
+    assert lr_range_test(trainer, **SHORT).rate_norm == pytest.approx((1 + 1 / 4) ** 0.5)
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path):

@@ -27,7 +27,7 @@ BACK = 0.05  # how far above its first level the loss must be, as a share of it,
 SHALLOW = 4.0  # how far below `back` the turn can be told from noise
 LEARNED = 0.05  # a loss of this share of its level tells nothing more about the rates
 APART = 4.0  # how far apart the limits of sweeps may lie before they say little
-ENDURED, LENGTH_POWER = 1.4, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
+ENDURED, LENGTH_POWER = 3.96, 1 / 3  # what a training endures of the sweep's limit; see `endurance`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class LRCurve:
         loss_on: "training" or "evaluation" batches.
         steps: Optimizer steps that the test took, probes included.
         seconds: Wall time of them.
-        rate_share: The root mean square, over the layer groups, of a group's rate as a share of the head's.
+        rate_norm: The root of the sum of squares, over the layer groups that train, of a group's rate as a share of
+            the head's; 1 for a head alone.
         probes: What the confirmation tried; empty without one.
         repeats: Other sweeps over the same rates from the same start, on other batches. Every suggestion is the
             geometric mean over this sweep and them; they have no repeats and no probes of their own.
@@ -77,7 +78,7 @@ class LRCurve:
     loss_on: str = "training"
     steps: int = 0
     seconds: float = 0.0
-    rate_share: float = 1.0
+    rate_norm: float = 1.0
     probes: tuple[Probe, ...] = ()
     repeats: tuple["LRCurve", ...] = ()
 
@@ -358,7 +359,9 @@ class LRCurve:
 
 
 def endurance(curve: LRCurve) -> float:
-    """What a whole training of T steps endures of the rate that ends a sweep: `1.4 * limit / T ** (1 / 3)`.
+    """What a whole training of T steps endures of the rate that ends a sweep.
+
+    It is `3.96 * limit / T ** (1 / 3) / rate_norm`, and never above the limit itself.
 
     A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
     falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
@@ -366,17 +369,18 @@ def endurance(curve: LRCurve) -> float:
     a rate `T ** (-1 / 2)` as high. But where the loss pulls the weights back, they soon go no further, and the best
     rate does not depend on T at all.
 
-    What a long training spoils little by little are the layers near the input; what ends a sweep is its fastest
-    group. Where rates fall towards the input the training bears more: the suggestion is divided by `rate_share`, the
-    root mean square of the rates over the layer groups. It is never above the limit itself.
+    What a long training spoils little by little are all layers together; what ends a sweep is its fastest group. So a
+    training bears more where rates fall towards the input, where the model has fewer layers, and where some are
+    frozen: the suggestion is divided by `rate_norm`, in which the layer groups add up as in a random walk.
 
-    The 4 in `limit` and the 1.4 were chosen on true curves of MiniLM on four datasets, 189 steps from a new head and
-    from a trained one, after sweeps of 100 steps over eight decades (recipes/benchmarks/lr_suggestions.py). The cube
-    root is a judgement: of rates a factor of 2 apart, the one with the lowest held-out loss after 47 steps was once or
-    twice the best one for 189 (eight of these starts), and single trainings of 570 to 1,080 steps were best at a half
-    to the whole of it.
+    The 4 in `limit` and the 3.96 here, which is 1.4 for eight groups at one rate, were chosen on true curves of MiniLM
+    on four datasets, 189 steps from a new head and from a trained one, after sweeps of 100 steps over eight decades
+    (recipes/benchmarks/lr_suggestions.py). The cube root is a judgement: of rates a factor of 2 apart, the one with
+    the lowest held-out loss after 47 steps was once or twice the best one for 189 (eight of these starts), and single
+    trainings of 570 to 1,080 steps were best at a half to the whole of it. That layer groups add up was seen on starts
+    with two to six layers; that it also holds for a head alone was found afterwards.
     """
-    return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_share, 1.0)
+    return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_norm, 1.0)
 
 
 def steepest(curve: LRCurve) -> float:

@@ -136,7 +136,7 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
         mode=mode,
         loss_on="evaluation" if notes.eval_batches else "training",
         steps=notes.updates,
-        rate_share=notes.rate_share,
+        rate_norm=notes.rate_norm,
     )
 
 

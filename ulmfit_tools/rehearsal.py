@@ -44,7 +44,7 @@ class LossNotes(TrainerCallback):
         self.updates = 0
         self.stopped = "end"
         self.training_steps = 0
-        self.rate_share = 1.0
+        self.rate_norm = 1.0
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
         """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
@@ -169,7 +169,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         swept: Any = rehearsal.optimizer if optimizer is None else optimizer
         head, last = head_rate(trainer, swept), len(notes.rates) - 1
-        notes.rate_share = rate_share(trainer, swept, head)
+        notes.rate_norm = rate_norm(trainer, swept, head)
         rehearsal.lr_scheduler = LambdaLR(swept, lambda step: notes.rates[min(step, last)] / head)
         return rehearsal.lr_scheduler
 
@@ -261,8 +261,8 @@ def head_rate(trainer: Trainer, optimizer: Optimizer) -> float:
     return rate
 
 
-def rate_share(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
-    """The root mean square, over the layer groups that train, of the rate as a share of the head's; 1 for one rate.
+def rate_norm(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
+    """The root of the sum of squares, over the layer groups that train, of the rate as a share of the head's.
 
     A parameter's rate is that of its optimizer group; where a layer group has several, the highest counts.
     """
@@ -276,4 +276,4 @@ def rate_share(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
     for group in layer_groups(model):
         own = [rates[id(p)] for p in group.parameters(model) if p.requires_grad and id(p) in rates]
         shares += [max(own) / head] if own else []
-    return math.sqrt(sum(share**2 for share in shares) / len(shares)) if shares else 1.0
+    return math.hypot(*shares) if shares else 1.0

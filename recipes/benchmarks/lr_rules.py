@@ -1,12 +1,10 @@
-"""The rules of others that `lr_suggestions.py` compares with, and our first one."""
-
-import math
+"""The rules of others that `lr_suggestions.py` compares with."""
 
 import numpy as np
 
 from ulmfit_tools.lr_curve import LRCurve, valley_index
 
-# The rules of others, from their definitions, on curves that were swept with their settings. They pair a loss with the
+# From their definitions, on curves that were swept with their settings. They pair a loss with the
 # rate of the update after it, so the loss before the first update belongs to the first rate.
 
 
@@ -41,15 +39,3 @@ def fastai_valley(curve: LRCurve) -> float:
 def fastai_minimum(curve: LRCurve) -> float:
     """`minimum`, with a beta of 0.98: a tenth of the rate with the lowest loss."""
     return curve.rates[10 + int(averaged(curve, 0.98)[10:-5].argmin())] / 10
-
-
-def random_walk(curve: LRCurve) -> float:
-    """The rate at which the whole training goes as far, as a random walk, as the sweep went up to its turn.
-
-    Our first rule. One step of Adam moves each weight by about the rate, so a run with rates r_t goes as far as
-    `sqrt(sum r_t ** 2)`; under a schedule that rises to its peak and falls to 0 in straight lines, T steps sum to
-    `peak ** 2 * T / 3`.
-    """
-    until = np.array(curve.rates[: curve.turn + 1])
-    peak = math.sqrt(3 * float(until @ until) / curve.training_steps) / curve.rate_share
-    return min(peak, curve.rates[curve.turn])

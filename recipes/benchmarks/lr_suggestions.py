@@ -164,7 +164,7 @@ def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Cal
         "ours, three sweeps": ("three", lambda curve: curve.suggestion, lambda curve: curve.steps),
         CONFIRMED: ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
     }
-    for name, rule in {"random walk to the turn": lr_rules.random_walk, **READINGS}.items():
+    for name, rule in READINGS.items():
         ours[f"  our curve, {name}"] = ("ours", rule, swept)
     peers = {
         "torch-lr-finder, steepest": ("ours", lr_rules.torch_lr_finder, swept),

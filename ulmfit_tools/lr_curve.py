@@ -317,7 +317,8 @@ class LRCurve:
         if not self.turns_up:
             return f"{told}, nor does it rise: raise end_lr, or take more steps."
         where = f"{self._turn} to {self.back:.1e}"
-        return f"{told}. The suggestion goes by where it rises ({where}); several sweeps (num_sweeps) or eval_batches would help."
+        more = "eval_batches" if self.repeats else "num_sweeps or eval_batches"
+        return f"{told}. The suggestion goes by where it rises ({where}); {more} would help."
 
     @property
     def _turn(self) -> str:

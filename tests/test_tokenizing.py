@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -204,7 +205,7 @@ def test_padding_needs_some_token():
 
 def test_in_memory_data_is_tokenised_too(data):
     in_memory = DatasetDict({"train": Dataset.from_dict(data.splits["train"].to_dict())})
-    plain = type(data)(in_memory, data.text_columns, data.label_names, data.fingerprint, "memory")
+    plain = replace(data, splits=in_memory, source="memory")
     assert (
         tokenize(plain, tiny_tokenizer())["train"]["input_ids"][:]
         == (tokenize(data, tiny_tokenizer())["train"]["input_ids"][:])

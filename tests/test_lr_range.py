@@ -613,11 +613,11 @@ def test_nothing_is_worked_out_for_a_log(tmp_path, monkeypatch, clipped):
 # ---- For plans ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_sweeps_three_times(tmp_path):
+def test_a_plan_sweeps_twice_in_twice_the_steps(tmp_path):
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
-    assert [len(sweep.rates) for sweep in curve.sweeps] == [99] * 3, "all, but for the loss after the last"
-    assert curve.steps == 300
+    assert [len(sweep.rates) for sweep in curve.sweeps] == [199] * 2, "all, but for the loss after the last"
+    assert curve.steps == 400
     assert trainer.args.learning_rate == 1e-3, "as it was: no rate was too high"
     assert json.loads((tmp_path / "lr_range.json").read_text())["read"]["taken"] == 1e-3
 

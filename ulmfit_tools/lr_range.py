@@ -33,7 +33,9 @@ from ulmfit_tools.training_args import ULMFiTTrainingArguments
 logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
-PLAN_SWEEPS = 3  # of a test at whose curve nobody looks: which batches a sweep meets moves its limit by half
+# Of a test at whose curve nobody looks. After a head that is trained already, a hundred steps show that the loss rises
+# and hardly that it falls: they found a third of the limit that 200 did. Other batches move a limit by half.
+PLAN_STEPS, PLAN_SWEEPS = 200, 2
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
 # A short run likes a higher rate than a long one, so probes that lie closer would mislead; and classes that are
 # learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
@@ -141,7 +143,12 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
 
 
 def find_learning_rate(
-    trainer: Trainer, record: str | Path, *, num_sweeps: int = PLAN_SWEEPS, **settings: Any
+    trainer: Trainer,
+    record: str | Path,
+    *,
+    num_steps: int = PLAN_STEPS,
+    num_sweeps: int = PLAN_SWEEPS,
+    **settings: Any,
 ) -> LRCurve:
     """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
 
@@ -151,8 +158,9 @@ def find_learning_rate(
     Args:
         trainer: A trainer that has not made its optimizer yet, at the weights from which it is to train.
         record: The JSON file of the curve.
-        num_sweeps: As in `lr_range_test`, but three: a plan asks nobody about a noisy curve, and where the head is
-            trained already the loss falls little.
+        num_steps: As in `lr_range_test`, but twice as many: a plan asks nobody about a noisy curve, and where the head
+            is trained already the loss falls little.
+        num_sweeps: As in `lr_range_test`, but two.
         **settings: As in `lr_range_test`.
 
     Returns:
@@ -168,7 +176,7 @@ def find_learning_rate(
         curve = LRCurve.from_json(found[0])
         rate = float(json.loads(found[0])["read"]["taken"])  # by the rule of its time
     else:
-        curve = lr_range_test(trainer, num_sweeps=num_sweeps, **settings)
+        curve = lr_range_test(trainer, num_steps=num_steps, num_sweeps=num_sweeps, **settings)
         rate = curve.suggestion if curve.has_limit else trainer.args.learning_rate
         if trainer.is_world_process_zero():
             values = json.loads(curve.to_json())

@@ -318,7 +318,7 @@ def test_wrong_flag_is_one_line(model, data, tmp_path, capsys, flags, message):
 )
 def test_what_needs_no_data_is_refused_before_they_are_read(tmp_path, capsys, monkeypatch, flags, message):
     if "/proc/no/run" in flags and not Path("/proc").is_dir():
-        pytest.skip("a place where even root can make no folder")
+        pytest.skip("there is no /proc here, the one place where root too can make no folder")
     (tmp_path / "a.csv").touch()
     monkeypatch.chdir(tmp_path)
     where = ["--model", "no/model", "--dataset", "no_data.csv", "--output_dir", "run", "--use_cpu"]

@@ -77,7 +77,7 @@ def lr_range_test(
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
-            of a factor of about 1.45. The batches come in another order where that is drawn from the trainer's seed;
+            of a factor of about 1.4. The batches come in another order where that is drawn from the trainer's seed;
             a loader of one's own may give the same ones each time.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
             the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy

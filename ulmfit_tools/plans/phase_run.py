@@ -65,6 +65,7 @@ def phase_trainer(job: Job, index: int) -> ULMFiTTrainer:
         eval_dataset=job.splits.get("validation"),
         processing_class=job.tokenizer,
         data_collator=DataCollatorWithPadding(job.tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
+        compute_loss_func=job.compute_loss_func,
         compute_metrics=job.compute_metrics,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_of_arguments(args, trainable_only=True),

@@ -248,7 +248,7 @@ def _run_phases(job: Job, plan_name: str) -> PlanResult:
             continue
         if trainer is not None:
             release(trainer)
-        trainer = _trainer(job, index)
+        trainer = phase_trainer(job, index)
         if weights is not None:
             trainer.load_weights(weights)
         logger.warning(f"Phase {index + 1} of {len(job.phases)}, '{phase.name}', trains {trains(job, phase)[1]}")
@@ -257,15 +257,9 @@ def _run_phases(job: Job, plan_name: str) -> PlanResult:
         results.append(run_phase(job, index, trainer, results[-1] if results else None))
         weights = None
     if trainer is None:  # every phase was done, and the run was stopped before its last lines
-        trainer = _trainer(job, len(job.phases) - 1)
+        trainer = phase_trainer(job, len(job.phases) - 1)
         trainer.load_weights(handed_on(job.folder, job.phases, len(job.phases) - 1))
     return _finish(job, plan_name, trainer, results)
-
-
-def _trainer(job: Job, index: int) -> ULMFiTTrainer:
-    trainer = phase_trainer(job, index)
-    trainer.compute_loss_func = job.compute_loss_func
-    return trainer
 
 
 def _result(phase: Phase, values: Mapping[str, Any]) -> PhaseResult:

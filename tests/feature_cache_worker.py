@@ -100,6 +100,7 @@ def main(folder):
     found["full"] = refusal(folder, rank)
     found["random"] = refusal_of_one(folder, rank)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, it may abort a process that is done
 
 
 if __name__ == "__main__":

@@ -613,11 +613,12 @@ def test_nothing_is_worked_out_for_a_log(tmp_path, monkeypatch, clipped):
 # ---- For plans ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_sweeps_twice_in_twice_the_steps(tmp_path):
-    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+@pytest.mark.parametrize(("training_steps", "sweeps"), [(399, 1), (400, 2)])
+def test_a_plan_sweeps_twice_where_the_training_is_as_long(training_steps, sweeps, tmp_path):
+    trainer = make_trainer(tmp_path, ULMFiTTrainer, max_steps=training_steps)
     curve = find_learning_rate(trainer, tmp_path / "lr_range.json", start_lr=1e-9, end_lr=1e-6)
-    assert [len(sweep.rates) for sweep in curve.sweeps] == [199] * 2, "all, but for the loss after the last"
-    assert curve.steps == 400
+    assert [len(sweep.rates) for sweep in curve.sweeps] == [199] * sweeps, "all, but for the loss after the last"
+    assert curve.steps == 200 * sweeps
     assert trainer.args.learning_rate == 1e-3, "as it was: no rate was too high"
     assert json.loads((tmp_path / "lr_range.json").read_text())["read"]["taken"] == 1e-3
 

@@ -101,6 +101,11 @@ def test_sgdr_array():
     assert_groups(build, expected)
 
 
+def test_sgdr_warms_up_once():
+    build = partial(get_sgdr_schedule, cycle_len=1, steps_per_epoch=2, warmup_len=1.5)  # three steps of two cycles
+    assert shares(build, 6) == pytest.approx([1 / 3, 0.5 * 2 / 3, 1.0, 0.5, 1.0, 0.5])
+
+
 def test_one_cycle_array():
     build = partial(
         get_one_cycle_schedule,
@@ -525,6 +530,8 @@ def test_sgdr_by_name_counts_in_epochs_or_steps():
     assert by_name("sgdr", cycle_steps=7, cycle_mult=2, min_ratio=0.1) == shares(
         partial(get_sgdr_schedule, cycle_len=7, cycle_mult=2, min_ratio=0.1), 60
     )
+    warm = shares(partial(get_sgdr_schedule, cycle_len=20, warmup_len=5), 60)
+    assert by_name("sgdr", cycle_len=2, warmup_len=0.5) == by_name("sgdr", cycle_steps=20, warmup_len=5) == warm
 
 
 def test_the_others_by_name_are_their_functions():
@@ -553,7 +560,7 @@ def test_schedule_settings():
     assert schedule_settings("slanted_triangular") == ["cut_frac", "ratio"]
     assert schedule_settings("triangular2") == ["step_size", "step_epochs", "ratio"]
     assert schedule_settings("exp_range") == ["step_size", "step_epochs", "ratio", "gamma"]
-    assert schedule_settings("sgdr") == ["cycle_len", "cycle_steps", "cycle_mult", "min_ratio"]
+    assert schedule_settings("sgdr") == ["cycle_len", "cycle_steps", "cycle_mult", "min_ratio", "warmup_len"]
     assert schedule_settings("one_cycle")[:3] == ["pct_start", "div_factor", "final_div_factor"]
 
 
@@ -572,7 +579,8 @@ def test_schedule_settings():
         (
             "sgdr",
             {"cycle_length": 2},
-            'The schedule "sgdr" has no setting "cycle_length"; it has cycle_len, cycle_steps, cycle_mult, min_ratio.'
+            'The schedule "sgdr" has no setting "cycle_length"; it has cycle_len, cycle_steps, cycle_mult, min_ratio, '
+            "warmup_len."
             ' Did you mean "cycle_len"? Received: cycle_length=2',
         ),
         (
@@ -634,6 +642,7 @@ def test_refused_before_there_is_an_optimizer(name, settings, line):
         (get_sgdr_schedule, {"cycle_len": 1, "min_ratio": -0.1}),
         (get_sgdr_schedule, {"cycle_len": 1, "min_ratio": 1.5}),
         (get_sgdr_schedule, {"cycle_len": 1, "steps_per_epoch": 0}),
+        (get_sgdr_schedule, {"cycle_len": 1, "warmup_len": -1}),
         (get_one_cycle_schedule, {"num_training_steps": 2.5}),
         (get_one_cycle_schedule, {"num_training_steps": 9, "pct_start": 1.5}),
         (get_one_cycle_schedule, {"num_training_steps": 9, "pct_start": 0.6, "three_phase": True}),

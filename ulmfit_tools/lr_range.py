@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 MODES = ("exponential", "linear")
 # Of a test at whose curve nobody looks. After a head that is trained already, a hundred steps show that the loss rises
-# and hardly that it falls: they found a third of the limit that 200 did. Other batches move a limit by half.
-PLAN_STEPS, PLAN_SWEEPS = 200, 2
+# and hardly that it falls: they found a third of the limit that 200 did.
+PLAN_STEPS = 200
 MIN_STEPS = 20  # fewer show a step or two in the part of the range that matters
 # A short run likes a higher rate than a long one, so probes that lie closer would mislead; and classes that are
 # learned slowly need some dozens of steps before a loss says anything (recipes/benchmarks/lr_suggestions.py).
@@ -50,7 +50,7 @@ def lr_range_test(
     num_steps: int = 100,
     mode: str = "exponential",
     eval_batches: int = 0,
-    num_sweeps: int = 1,
+    num_sweeps: int | None = 1,
     confirm: bool = False,
     offload_folder: str | Path | None = None,
 ) -> LRCurve:
@@ -78,7 +78,8 @@ def lr_range_test(
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
             of a factor of about 1.4. The batches come in another order where that is drawn from the trainer's seed;
-            a loader of one's own may give the same ones each time.
+            a loader of one's own may give the same ones each time. None takes two where the training is at least as
+            long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
             the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy
             curve. One that is about right it mostly leaves alone, but a short run likes a higher rate than a long one
@@ -94,7 +95,7 @@ def lr_range_test(
             few rows for a batch (of a stream nobody knows), or a loss that is not a number before the first update.
     """
     rates = sweep_rates(start_lr, end_lr, num_steps, mode)
-    if not isinstance(num_sweeps, Integral) or num_sweeps < 1:
+    if num_sweeps is not None and (not isinstance(num_sweeps, Integral) or num_sweeps < 1):
         raise InputError(f"num_sweeps is a whole number from 1. Received: num_sweeps={num_sweeps!r}")
     _check_trainer(trainer)
     _check_evaluation(trainer, eval_batches)
@@ -105,19 +106,25 @@ def lr_range_test(
     list_parameters(trainer)
     start = time.perf_counter()
     with unchanged(_model(trainer), optimizer, holders=[trainer], offload_folder=offload_folder) as rewind:
-        sweeps = []
-        for order in range(num_sweeps):
-            if order:
+        sweeps: list[LRCurve] = []
+        while not sweeps or len(sweeps) < (num_sweeps or _sweeps_of(sweeps[0], num_steps)):
+            if sweeps:
                 rewind()
-            title = "Range test" if num_sweeps == 1 else f"Range test {order + 1} of {num_sweeps}"
+            of = f" of {num_sweeps}" if num_sweeps else ""
+            title = "Range test" if num_sweeps == 1 else f"Range test {len(sweeps) + 1}{of}"
             with _progress(trainer, title, num_steps) as bar:
                 notes = LossNotes(rates, eval_batches, has_diverged, bar.update)
-                sweeps.append(_curve(rehearse(trainer, optimizer, notes, order), mode))
+                sweeps.append(_curve(rehearse(trainer, optimizer, notes, order=len(sweeps)), mode))
         steps = sum(sweep.steps for sweep in sweeps)
         curve = replace(sweeps[0], steps=steps, repeats=tuple(sweeps[1:]))
         if confirm:
             curve = _confirmed(curve, trainer, optimizer, eval_batches, rewind)
     return replace(curve, seconds=time.perf_counter() - start)
+
+
+def _sweeps_of(first: LRCurve, num_steps: int) -> int:
+    """How many sweeps a training is worth: two, where it is at least as long as both."""
+    return 2 if 2 * num_steps <= first.training_steps else 1
 
 
 def _progress(trainer: Trainer, title: str, steps: int) -> Any:
@@ -147,7 +154,7 @@ def find_learning_rate(
     record: str | Path,
     *,
     num_steps: int = PLAN_STEPS,
-    num_sweeps: int = PLAN_SWEEPS,
+    num_sweeps: int | None = None,
     **settings: Any,
 ) -> LRCurve:
     """Give a trainer the rate that a range test suggests; the test is run once and its curve kept in a file.
@@ -160,7 +167,7 @@ def find_learning_rate(
         record: The JSON file of the curve.
         num_steps: As in `lr_range_test`, but twice as many: a plan asks nobody about a noisy curve, and where the head
             is trained already the loss falls little.
-        num_sweeps: As in `lr_range_test`, but two.
+        num_sweeps: As in `lr_range_test`, but by the length of the training.
         **settings: As in `lr_range_test`.
 
     Returns:

@@ -47,6 +47,7 @@ class Case:
     train_rows: int = TRAIN_ROWS
     epochs: int = EPOCHS
     batch_size: int = BATCH_SIZE
+    model: str = MODEL
 
     def key(self, kind: str, **more: Any) -> dict[str, Any]:
         """What names a result of this case."""
@@ -56,17 +57,19 @@ class Case:
         text = f"{self.task}, seed {self.seed}" + ", discriminative" * self.discriminative
         text += f", {self.layers} layers" * (self.layers != LAYERS) + ", trained head" * self.trained_head
         size = (self.train_rows, self.epochs, self.batch_size)
-        return text + f", {size}" * (size != (TRAIN_ROWS, EPOCHS, BATCH_SIZE))
+        text += f", {size}" * (size != (TRAIN_ROWS, EPOCHS, BATCH_SIZE))
+        return text + f", {self.model}" * (self.model != MODEL)
 
 
 class Tasks:
     """The tokenised rows of each task, read once, and what trains on them."""
 
-    def __init__(self, data_folder: Path, bf16: bool, held_out_rows: int) -> None:
+    def __init__(self, data_folder: Path, bf16: bool, held_out_rows: int, model: str = MODEL) -> None:
         self.data_folder = data_folder
+        self.model = model
         self.bf16 = bf16
         self.held_out_rows = held_out_rows
-        self.tokenizer = load_model_and_tokenizer(MODEL, label_names=["no", "yes"])[1]
+        self.tokenizer = load_model_and_tokenizer(model, label_names=["no", "yes"])[1]
         self.trained_heads: dict[Case, dict[str, torch.Tensor]] = {}
         self._loaded: dict[str, Any] = {}
 
@@ -121,7 +124,7 @@ def new_trainer(case: Case, tasks: Tasks, folder: str, rate: float, epochs: int)
     """A trainer of the pretrained model that saves and logs nothing."""
     train, held_out, label_names = tasks.load(case)
     set_seed(case.seed)
-    model, _ = load_model_and_tokenizer(MODEL, label_names=label_names)
+    model, _ = load_model_and_tokenizer(tasks.model, label_names=label_names)
     encoder: Any = model.base_model.encoder
     encoder.layer = encoder.layer[: case.layers]
     args = ULMFiTTrainingArguments(

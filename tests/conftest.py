@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ULMFIT_TOOLS_CACHE"] = tempfile.mkdtemp(prefix="ulmfit-tools-tests-")
 
 import torch
+from tiny_text import colour_folder
 
 import ulmfit_tools.cli
 import ulmfit_tools.plans  # noqa: F401
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items):
 def real_data() -> Path:
     """The folder with the real datasets."""
     return Path(os.environ.get("ULMFIT_TOOLS_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A folder with a small dataset, for runs of plans."""
+    return str(colour_folder(tmp_path_factory.mktemp("data")))
 
 
 def pytest_sessionfinish():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from tiny_plans import TWO_PHASES, Stop, StopAt, run, same, weights
-from tiny_text import colour_folder, model_folder
+from tiny_text import model_folder
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, checkpoints
 from ulmfit_tools.plans import run as run_module
@@ -13,11 +13,6 @@ from ulmfit_tools.plans import run as run_module
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(model_folder(tmp_path_factory.mktemp("model"), hidden_dropout_prob=0.1))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
 
 
 THREE_PHASES = FineTuningPlan(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from tiny_plans import Stop, StopAt, run, same, weights
-from tiny_text import colour_folder, model_folder
+from tiny_text import model_folder
 from torch.nn.functional import cross_entropy
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase
@@ -16,11 +16,6 @@ from ulmfit_tools.plans.settings import run_arguments, run_notes
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(model_folder(tmp_path_factory.mktemp("model"), hidden_dropout_prob=0.0))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
 
 
 PLAN = FineTuningPlan(

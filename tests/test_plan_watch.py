@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_plans import run, weights
-from tiny_text import colour_folder, colour_texts, model_folder, write_csv
+from tiny_text import colour_texts, model_folder, write_csv
 from transformers import TrainerCallback
 
 from ulmfit_tools import FineTuningPlan, InputError, Phase, load_text_classification
@@ -16,11 +16,6 @@ from ulmfit_tools.cli import main
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(model_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
 
 
 def plan_of(*phases, **settings):

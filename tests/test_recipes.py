@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text import colour_folder, model_folder
+from tiny_text import model_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -18,11 +18,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(model_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
 
 
 def python(*command, cwd, **more):

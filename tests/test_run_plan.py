@@ -27,11 +27,6 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(colour_folder(tmp_path_factory.mktemp("data")))
-
-
-@pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory):
     """The uninterrupted run that resumed ones are compared with."""
     folder = tmp_path_factory.mktemp("runs") / "whole"

@@ -380,11 +380,11 @@ def endurance(curve: LRCurve) -> float:
     (recipes/benchmarks/lr_suggestions.py). The cube root is a judgement: of rates a factor of 2 apart, the one with
     the lowest held-out loss after 47 steps was once or twice the best one for 189 (eight of these starts), and single
     trainings of 570 to 1,080 steps were best at a half to the whole of it. That layer groups add up was seen on starts
-    with two to six layers; that it also holds for a head alone was found afterwards. In a few dozen steps, though, a head
-    learns as much at half of its limit as at the limit itself, in the next ones more, and leaves the layers below it a
-    sweep that can be read (`stdlib-docs` and TREC, 1,000 rows, validation accuracy): hence the 0.6, which changes nothing
-    else but one of the random starts. MPNet, of twice the depth and width, was best at a third to a fourth of what the
-    rule says (TREC, two starts); the README has all figures.
+    with two to six layers; that it also holds for a head alone was found afterwards. In a few dozen steps, though, a
+    head learns as much at half of its limit as at the limit itself, in the next ones more, and leaves the layers below
+    it a sweep that can be read (`stdlib-docs` and TREC, 1,000 rows, validation accuracy): hence the 0.6, which changes
+    nothing else but one of the random starts. MPNet, of twice the depth and width, was best at a half to a fourth of
+    what the rule says (TREC, two starts); the README has all figures.
     """
     return curve.limit * min(ENDURED / curve.training_steps**LENGTH_POWER / curve.rate_norm, MOST_ENDURED)
 

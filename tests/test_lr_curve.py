@@ -71,7 +71,9 @@ def test_standard_error_is_that_of_the_mean_of_noise():
 def test_endurance_by_hand():
     """The level is 10, the turn at 1; half-way to the next point, at sqrt(10), the loss is back at 10.5.
 
-    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 3.96 / 20 of it.
+    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 3.96 / 20 of it. At its lowest
+    the smoothed loss is (0 + 0.1 + 0.21) / 1.02 = 0.30, so the sweep takes away 0.97 of it, and the training wants
+    0.15 / 0.97 of what it endures.
     """
     curve = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),  # so far apart that the smoothing changes little
@@ -82,7 +84,8 @@ def test_endurance_by_hand():
     assert curve.rates[curve.turn] == 1
     assert curve.back == pytest.approx(10 ** (1 / 2), rel=0.01)
     assert curve.limit == 1
-    assert curve.suggestion == pytest.approx(0.198)
+    assert curve.gain == pytest.approx(0.97, rel=1e-3)
+    assert curve.suggestion == pytest.approx(0.198 * 0.15 / 0.97, rel=1e-3)
 
 
 def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
@@ -127,7 +130,7 @@ def test_rates_that_fall_towards_the_input_bear_more():
     """Two groups, the other at 3/4 of the head's rate: the norm is 5/4, and with one rate the root of 2."""
     even, falling = falling_curve(rate_norm=math.sqrt(2)), falling_curve(rate_norm=5 / 4)
     assert falling.suggestion == pytest.approx(math.sqrt(2) / 1.25 * even.suggestion)
-    assert falling_curve(rate_norm=1e-3).suggestion == pytest.approx(0.6 * even.limit)  # the most
+    assert falling_curve(rate_norm=1e-3).suggestion == pytest.approx(0.6 * even.limit * 0.15 / even.gain)  # the most
 
 
 def test_four_times_the_layers_take_half_the_rate():
@@ -138,6 +141,20 @@ def test_four_times_the_layers_take_half_the_rate():
 def test_eight_times_the_steps_take_half_the_rate():
     once, more = (falling_curve(training_steps=steps) for steps in (300, 2400))
     assert once.suggestion == pytest.approx(2 * more.suggestion)
+
+
+@pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])
+def test_what_a_sweep_learns_a_training_need_not_be_fast_for(share, training_steps, wanted):
+    """The loss falls by this share: what is above 0.15 counts, and with 25 steps for the sweep's 41, above 0.246."""
+    curve = LRCurve(
+        rates=tuple(10.0**power for power in range(-20, 21)),
+        losses=(*[10.0] * 20, *[10.0 * (1 - share)] * 10, *[21.0] * 11),
+        start_loss=10.0,
+        training_steps=training_steps,
+        rate_norm=4.0,
+    )
+    assert curve.gain == pytest.approx(share)
+    assert curve.suggestion == pytest.approx(wanted * curve.limit * 0.99 / training_steps ** (1 / 3))
 
 
 def test_noise_moves_the_limit_less_than_the_turn():

@@ -114,7 +114,7 @@ def lr_range_test(
             title = "Range test" if num_sweeps == 1 else f"Range test {len(sweeps) + 1}{of}"
             with _progress(trainer, title, num_steps) as bar:
                 notes = LossNotes(rates, eval_batches, has_diverged, bar.update)
-                sweeps.append(_curve(rehearse(trainer, optimizer, notes, order=len(sweeps)), mode))
+                sweeps.append(_curve(rehearse(trainer, optimizer, notes, len(sweeps)), mode))
         steps = sum(sweep.steps for sweep in sweeps)
         curve = replace(sweeps[0], steps=steps, repeats=tuple(sweeps[1:]))
         if confirm:

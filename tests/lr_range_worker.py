@@ -81,7 +81,9 @@ def main(folder):
     curve = lr_range_test(make_trainer(folder, OneDiverges, TrainingArguments), **SHORT)
     found["one diverges"] = [curve.stopped, len(curve.losses)]
     trainer = make_trainer(folder, ULMFiTTrainer, ULMFiTTrainingArguments)
-    rates = [find_learning_rate(trainer, folder / "lr_range.json", **SHORT | {"end_lr": 10}).suggestion for _ in range(2)]
+    rates = [
+        find_learning_rate(trainer, folder / "lr_range.json", **SHORT | {"end_lr": 10}).suggestion for _ in range(2)
+    ]
     found["found"] = [*rates, trainer.args.learning_rate]
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -142,10 +142,14 @@ class LRCurve:
         return int(np.argmin(self.smoothed))
 
     @cached_property
+    def fall(self) -> float:
+        """How far the loss falls, from its level to its lowest; below 0 where it only rises."""
+        return self.level - self.smoothed[self.lowest]
+
+    @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep takes away, from its level to its lowest; 0 where it is flat."""
-        fall = self.level - self.smoothed[self.lowest]
-        return fall / abs(self.level) if self.level else 0.0
+        """The share of the loss that the sweep takes away."""
+        return self.fall / abs(self.level) if self.level else 0.0
 
     @cached_property
     def clearness(self) -> float:
@@ -153,9 +157,8 @@ class LRCurve:
         # Of the first losses by the noise of all: a linear sweep's first rate has no other near it to differ from.
         before = self.noise[: self._next_to_nothing]
         error = math.hypot(self.standard_errors[self.lowest], float(np.mean(before)))
-        fall = self.level - self.smoothed[self.lowest]
         rounding = 1e-12 * abs(self.level)  # of the sums: losses that are all the same neither fall nor rise
-        return fall / error if error > rounding else (math.inf if fall > rounding else 0.0)
+        return self.fall / error if error > rounding else (math.inf if self.fall > rounding else 0.0)
 
     @cached_property
     def learned(self) -> int | None:
@@ -308,20 +311,20 @@ class LRCurve:
 
     @property
     def _curve_says(self) -> str:
-        fall = self.level - self.smoothed[self.lowest]
         if self.learned is not None:
             return (
                 f"The loss falls to next to nothing by {self._turn}, so higher rates cannot be told apart: the rows "
                 "are easily learned, and a rate up to the suggestion will do."
             )
-        if self.clearness < CLEAR and fall < SMALL * abs(self.level):
+        if self.clearness < CLEAR and self.fall < SMALL * abs(self.level):
             told = "The curve is too flat to decide: the loss does not fall at any rate"
         elif self.clearness < CLEAR:
             told = f"The curve is too noisy to decide: the loss falls by {self.clearness:.1f} standard errors only"
         elif not self.turns_up:
             return "The loss still falls at the highest rate: raise end_lr; what is suggested is a lower bound."
         else:
-            return f"The loss falls by {fall:.3g}, {self.clearness:.1f} standard errors, and turns up at {self._turn}."
+            errors = f"{self.clearness:.1f} standard errors"
+            return f"The loss falls by {self.fall:.3g}, {errors}, and turns up at {self._turn}."
         if not self.turns_up:
             return f"{told}, nor does it rise: raise end_lr, or take more steps."
         where = f"{self._turn} to {self.back:.1e}"

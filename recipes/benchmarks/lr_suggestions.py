@@ -76,14 +76,16 @@ class Results:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The tasks vary fastest, so that a part of the results is balanced over them."""
-    if options.mixed:
-        yield from itertools.islice(mixed_cases(), options.mixed)
-        return
+    for case in itertools.islice(mixed_cases(), options.mixed) if options.mixed else chosen_cases(options):
+        yield replace(case, model=Path(options.model).name)
+
+
+def chosen_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """The starts of the tasks, seeds and kinds that the command line names."""
     for seed in options.seeds:
         for discriminative in (False, True):
             for task in options.tasks:
-                case = Case(task, seed, discriminative, options.trained_head, options.layers)
-                yield replace(case, model=Path(options.model).name)
+                yield Case(task, seed, discriminative, options.trained_head, options.layers)
 
 
 def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:

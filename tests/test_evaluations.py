@@ -9,6 +9,7 @@ from ulmfit_tools.evaluations import (
     check_metric,
     cycle_evaluations,
     evaluations,
+    falls_short,
     has_overfit,
     is_last_of_cycle,
 )
@@ -87,6 +88,22 @@ def test_the_last_evaluation_of_each_cycle(history, cycles, ends):
 )
 def test_the_last_evaluation_of_a_cycle_is_known_when_it_takes_place(at, interval, last):
     assert is_last_of_cycle(at, interval, Cycles(length=1, mult=2)) is last
+
+
+@pytest.mark.parametrize(
+    ("share", "best", "rows", "short"),
+    [
+        (0.46, 0.5, 200, False),  # the standard error of a difference is sqrt(2 / 4 / 200) = 0.05
+        (0.44, 0.5, 200, True),
+        (0.875, 0.9, 200, False),  # it is sqrt(0.18 / 200) = 0.03
+        (0.865, 0.9, 200, True),
+        (0.9, 0.9, 200, False),
+        (0.99, 1.0, 200, True),  # where all are right there is no chance
+        (89.0, 90.0, 200, True),  # nor is any known for percents
+    ],
+)
+def test_accuracies_that_only_chance_tells_apart(share, best, rows, short):
+    assert falls_short(share, best, rows) is short
 
 
 def test_a_loss_that_rises_within_a_cycle_is_no_overfitting():

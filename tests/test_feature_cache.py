@@ -1006,6 +1006,22 @@ def test_size_and_break_even_are_said_before_it_starts(tmp_path, caplog):
     assert "epochs" in caplog.text
 
 
+def test_break_even_counts_the_dropout_of_the_frozen_layers_and_leaves_no_trace(tmp_path):
+    """Plain training runs them with it; a head with batch statistics would notice the trials."""
+    model = tiny_bert()
+    model.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(16), model.classifier)
+    trainer = make_trainer(tmp_path, model=model)
+    modes = []
+    inner = model.bert.encoder.layer[0].output
+    hook = inner.register_forward_pre_hook(lambda layer, args: modes.append(layer.training))
+    buffers, numbers = [buffer.clone() for buffer in model.buffers()], torch.get_rng_state()
+    run(trainer, tmp_path)
+    hook.remove()
+    assert modes.count(True) == 2  # one step, which is taken twice to be timed
+    assert all(torch.equal(now, before) for now, before in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
 @pytest.mark.parametrize("n", [HEAD, TOP])
 def test_padding_on_the_left(tmp_path, n):
     """As decoders are padded; they read the last token."""

@@ -143,6 +143,24 @@ def test_eight_times_the_steps_take_half_the_rate():
     assert once.suggestion == pytest.approx(2 * more.suggestion)
 
 
+@pytest.mark.parametrize(("sweeps", "drawn"), [(1, 10**-1), (2, 10 ** (-3 / 5)), (3, 10 ** (-3 / 7))])
+def test_the_usual_limit_counts_for_half_a_sweep(sweeps, drawn):
+    """The usual one is 1.4 / 280 / 5, a thousandth of the sweep's; the weights are 1 to 1/2, 2 to 1/2, 3 to 1/2."""
+    one = LRCurve(
+        rates=tuple(10.0**power for power in range(-20, 21)),
+        losses=(*[10.0] * 20, *[9.0] * 10, *[21.0] * 11),
+        start_loss=10.0,
+        training_steps=8_000,
+        rate_norm=5.0,
+    )
+    assert one.usual_limit is None
+    known = replace(one, width=280, rates=tuple(rate / one.limit for rate in one.rates))
+    assert known.limit == pytest.approx(1)
+    assert known.usual_limit == pytest.approx(1e-3)
+    both = replace(known, repeats=(known,) * (sweeps - 1))
+    assert both.suggestion == pytest.approx(drawn * 3.96 / 20 / 5)
+
+
 @pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])
 def test_what_a_sweep_learns_a_training_need_not_be_fast_for(share, training_steps, wanted):
     """The loss falls by this share: what is above 0.15 counts, and with 25 steps for the sweep's 41, above 0.246."""

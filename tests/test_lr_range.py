@@ -347,6 +347,18 @@ def test_the_share_of_the_rates_counts_the_groups_that_train(tmp_path):
     assert lr_range_test(trainer, **SHORT).rate_norm == pytest.approx((1 + 1 / 4) ** 0.5)
 
 
+def test_the_width_counts_where_adam_trains_whole_layers(tmp_path):
+    """Of adapters, a head alone and other optimizers nobody knows a usual limit."""
+    assert lr_range_test(make_trainer(tmp_path), **SHORT).width == 16
+    assert lr_range_test(make_trainer(tmp_path, optim="sgd"), **SHORT).width is None
+    head = watching(tmp_path)
+    freeze_to(head.model, -1)
+    assert lr_range_test(head, **SHORT).width is None
+    in_part = make_trainer(tmp_path)
+    in_part.model.bert.encoder.layer[0].attention.requires_grad_(False)
+    assert lr_range_test(in_part, **SHORT).width is None
+
+
 def test_accumulation_counts_optimizer_steps(tmp_path):
     trainer = watching(tmp_path, gradient_accumulation_steps=2)
     curve = lr_range_test(trainer, **SHORT)

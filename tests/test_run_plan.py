@@ -272,6 +272,39 @@ def test_the_best_under_sgdr_is_the_last_evaluation_of_a_cycle_or_of_the_trainin
     assert run(plan, model, data, tmp_path / "run", **more).phases[0].metrics["loss"] == kept
 
 
+class ScriptedAccuracies(TrainerCallback):
+    """Puts another validation accuracy into the log before anyone reads it there."""
+
+    def __init__(self, *shares):
+        self.shares = iter(shares)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_accuracy" in logs:
+            logs["eval_accuracy"] = state.log_history[-1]["eval_accuracy"] = next(self.shares)
+
+
+@pytest.mark.parametrize(
+    ("shares", "kept"),
+    # the cycles end after epochs 1, 3 and 7; of 24 rows the standard error at 0.5 is sqrt(2 / 4 / 24) = 0.144
+    [
+        ((0.5, 1, 0.4, 1, 1, 1, 0.38), 7),
+        ((0.5, 1, 0.4, 1, 1, 1, 0.35), 3),  # nearer to 0.4 than to chance's reach, but it is the best that counts
+        ((0.3, 1, 0.5, 1, 1, 1, 0.3), 3),
+        ((0.5, 1, 0.3, 1, 1, 1, 0.3), 1),
+    ],
+)
+def test_of_cycles_that_only_chance_tells_apart_the_last_is_kept(shares, kept, model, data, tmp_path):
+    plan = FineTuningPlan(
+        name="x",
+        settings={"metric_for_best_model": "accuracy"},
+        phases=[Phase(name="a", epochs=7, keep="best", **SGDR)],
+    )
+    run(plan, model, data, tmp_path / "run", callbacks=[ScriptedAccuracies(*shares, 1.0)])
+    state = json.loads((tmp_path / "run/phases/01-a/trainer_state.json").read_text())
+    steps = {entry["epoch"]: entry["step"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert state["best_global_step"] == steps[kept]
+
+
 def test_rates_of_a_phase_reach_the_optimizer(model, data, tmp_path):
     seen = []
 

@@ -87,6 +87,15 @@ def is_better(value: float, best: float, greater_is_better: bool, min_delta: flo
     return value - best > min_delta if greater_is_better else best - value > min_delta
 
 
+def falls_short(share: float, best: float, rows: int) -> bool:
+    """Whether an accuracy is below the best one by more than chance makes of it.
+
+    Two shares of so many rows that only chance tells apart differ with a standard error of `sqrt(2 p (1 - p) / rows)`,
+    where `p` is the better one.
+    """
+    return best - share > math.sqrt(max(2 * best * (1 - best) / rows, 0.0))  # of percents nobody knows the error
+
+
 def best_step(history: History, *, metric: str = "eval_loss", greater_is_better: bool = False) -> int | None:
     """The step of the best evaluation, the earliest of equal ones; None before the first.
 

@@ -33,6 +33,7 @@ from ulmfit_tools.replay_check import (
     batches_are_read,
     check_replay,
     in_eval_mode,
+    own_random_numbers,
     read_positions,
     rounding_error,
     same_vectors,
@@ -191,8 +192,7 @@ class FrozenPass:
         together, labels = self._to_device(source.inputs(rows)), self._to_device(source.labels(rows))
 
         def loss(batch: Mapping[str, torch.Tensor]) -> Any:
-            cuda = [self.args.device] if self.args.device.type == "cuda" else []
-            with torch.random.fork_rng(cuda):  # it may draw some, which both sides of the comparison share
+            with own_random_numbers(self.args.device):  # which both sides of the comparison share
                 return self.trainer.compute_loss(self.model, {**batch, **labels}, num_items_in_batch=len(rows))
 
         with in_eval_mode(self.model), tried(self.model, "does not run on single rows or without labels"):

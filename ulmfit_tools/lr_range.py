@@ -15,7 +15,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
@@ -26,7 +25,7 @@ from transformers.trainer_utils import has_length
 from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.lr_curve import LENGTH_POWER, LRCurve, Probe, has_diverged
-from ulmfit_tools.rehearsal import LossNotes, list_parameters, rehearse
+from ulmfit_tools.rehearsal import LossNotes, list_parameters, rehearse, unwrapped
 from ulmfit_tools.restoring import unchanged
 from ulmfit_tools.training_args import ULMFiTTrainingArguments
 
@@ -77,13 +76,13 @@ def lr_range_test(
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
-            of a factor of about 1.4. The batches come in another order where that is drawn from the trainer's seed;
+            of a factor of about 1.3. The batches come in another order where that is drawn from the trainer's seed;
             a loader of one's own may give the same ones each time. None takes two where the training is at least as
             long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
             the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy
             curve. One that is about right it mostly leaves alone, but a short run likes a higher rate than a long one
-            (the README has figures). How many steps this costs is logged before it begins.
+            (recipes/benchmarks has figures). How many steps this costs is logged before it begins.
         offload_folder: Keep the copy of the trainable weights, and the state of an optimizer that has trained before,
             in temporary files in this folder; by default they are in the host's memory.
 
@@ -101,8 +100,7 @@ def lr_range_test(
     _check_evaluation(trainer, eval_batches)
     if offload_folder is not None and not Path(offload_folder).is_dir():
         raise InputError(f"offload_folder is a folder that exists. Received: offload_folder={str(offload_folder)!r}")
-    given: Any = trainer.optimizer
-    optimizer = given.optimizer if isinstance(given, AcceleratedOptimizer) else given
+    optimizer = None if trainer.optimizer is None else unwrapped(trainer.optimizer)
     list_parameters(trainer)
     start = time.perf_counter()
     with unchanged(_model(trainer), optimizer, holders=[trainer], offload_folder=offload_folder) as rewind:
@@ -146,6 +144,7 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
         loss_on="evaluation" if notes.eval_batches else "training",
         steps=notes.updates,
         rate_norm=notes.rate_norm,
+        width=notes.width,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -45,6 +46,7 @@ class LossNotes(TrainerCallback):
         self.stopped = "end"
         self.training_steps = 0
         self.rate_norm = 1.0
+        self.width: int | None = None
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
         """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
@@ -169,7 +171,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         swept: Any = rehearsal.optimizer if optimizer is None else optimizer
         head, last = head_rate(trainer, swept), len(notes.rates) - 1
-        notes.rate_norm = rate_norm(trainer, swept, head)
+        notes.rate_norm, notes.width = rate_norm(trainer, swept, head), trained_width(trainer, swept)
         rehearsal.lr_scheduler = LambdaLR(swept, lambda step: notes.rates[min(step, last)] / head)
         return rehearsal.lr_scheduler
 
@@ -185,6 +187,11 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     finally:
         vars(rehearsal).clear()  # the copy's functions hold the copy; what else goes in circles, `train` collects
     return notes
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """An optimizer without what Accelerate puts around it."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def list_parameters(trainer: Trainer) -> None:
@@ -277,3 +284,18 @@ def rate_norm(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
         own = [rates[id(p)] for p in group.parameters(model) if p.requires_grad and id(p) in rates]
         shares += [max(own) / head] if own else []
     return math.hypot(*shares) if shares else 1.0
+
+
+def trained_width(trainer: Trainer, optimizer: Optimizer) -> int | None:
+    """The hidden size, where whole layer groups besides the head train, with a kind of Adam; else None.
+
+    Good rates of adapters, of a head alone and of other optimizers lie elsewhere, whatever the width.
+    """
+    model: Any = trainer.model
+    groups = [list(group.parameters(model)) for group in layer_groups(model)]
+    trained = [group for group in groups if any(parameter.requires_grad for parameter in group)]
+    whole = all(parameter.requires_grad for group in trained for parameter in group)
+    if len(trained) < 2 or not whole or "adam" not in type(unwrapped(optimizer)).__name__.lower():
+        return None
+    config: Any = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "hidden_size", None)

@@ -6,7 +6,7 @@
 
 With `--trained_head` all three start from a head that was trained alone for an epoch, much as after a plan's first
 phase; with `--mixed 28` from so many starts that were drawn at random: other data, lengths, batches and models.
-What the README states is the table of `--results recipes/benchmarks/results/lr_suggestions.jsonl`, without the hours.
+README.md here tells the figures: `table --results recipes/benchmarks/results/lr_suggestions.jsonl`, without the hours.
 Every result is a line in the results file as soon as it is there; a command that was stopped goes on where it was.
 """
 

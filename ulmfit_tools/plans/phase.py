@@ -67,7 +67,8 @@ class Phase:
         schedule_settings: Settings of that schedule, such as `cycle_len` or `cut_frac`.
         keep: `last` or `best`: the weights that go on to the next phase. Best by the validation loss, or by the plan's
             `metric_for_best_model`: accuracy, f1_macro, f1_weighted or mcc. Under the schedule `sgdr` those of the
-            ends of cycles are compared, and of the end of the training.
+            ends of cycles are compared, and of the end of the training; of accuracies that differ by no more than
+            chance would have it, the last is kept.
         precompute: Compute what leaves the frozen layers once for each row and train from that (`feature_cache`).
             Frozen layers then run without dropout. Where it cannot be done the phase says so and trains without.
         augment: Change the training texts on the fly, another way in each epoch; `true` for the default.

@@ -6,40 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from curves import RATES, curve_of, falling_curve, falls_and_rises
 
 from ulmfit_tools.errors import InputError
-from ulmfit_tools.lr_curve import (
-    CLEAR,
-    READINGS,
-    SMOOTHING,
-    SURE,
-    LRCurve,
-    Probe,
-    endurance,
-    has_diverged,
-    noise_of,
-    valley_index,
-)
+from ulmfit_tools.lr_curve import CLEAR, SMOOTHING, SURE, LRCurve, Probe
 from ulmfit_tools.lr_range import sweep_rates
-
-RATES = tuple(1e-7 * 10 ** (step / 12.5) for step in range(75))  # 12.5 steps in a factor of ten
-
-
-def curve_of(loss, noise=0.0, seed=0, rates=RATES, **settings):
-    """A curve whose loss is a function of the rate, with normal noise."""
-    random = np.random.default_rng(seed)
-    losses = tuple(float(loss(rate) + noise * random.standard_normal()) for rate in rates)
-    settings = {"start_loss": loss(rates[0] / 10), "training_steps": 300, "stopped": "diverged", **settings}
-    return LRCurve(rates=rates, losses=losses, **settings)
-
-
-def falls_and_rises(rate):
-    """2 at low rates, falls around 1e-4 and rises again steeply after 1e-3."""
-    return 2 - 1.5 / (1 + 1e-4 / rate) + (rate / 3e-3) ** 2
-
-
-def falling_curve(**settings):
-    return curve_of(falls_and_rises, noise=0.02, **settings)
+from ulmfit_tools.lr_readings import noise_of
 
 
 def test_smoothing_is_a_weighted_mean_with_weights_that_sum_to_one():
@@ -66,26 +38,6 @@ def test_standard_error_is_that_of_the_mean_of_noise():
     squares = sum(math.exp(-2 * abs(j) * math.log(10) / 12.5 / SMOOTHING) for j in range(-37, 38))
     expected = math.sqrt(squares) / reach[0]
     assert np.sqrt((errors[:, 37] ** 2).mean()) == pytest.approx(expected, rel=0.05)
-
-
-def test_endurance_by_hand():
-    """The level is 10, the turn at 1; half-way to the next point, at sqrt(10), the loss is back at 10.5.
-
-    A fourth of that is below the turn: the turn is the limit, and 8,000 steps endure 3.96 / 20 of it. At its lowest
-    the smoothed loss is (0 + 0.1 + 0.21) / 1.02 = 0.30, so the sweep takes away 0.97 of it, and the training wants
-    0.15 / 0.97 of what it endures.
-    """
-    curve = LRCurve(
-        rates=tuple(10.0**power for power in range(-20, 21)),  # so far apart that the smoothing changes little
-        losses=(*[10.0] * 20, 0.0, *[21.0] * 20),
-        start_loss=10.0,
-        training_steps=8_000,
-    )
-    assert curve.rates[curve.turn] == 1
-    assert curve.back == pytest.approx(10 ** (1 / 2), rel=0.01)
-    assert curve.limit == 1
-    assert curve.gain == pytest.approx(0.97, rel=1e-3)
-    assert curve.suggestion == pytest.approx(0.198 * 0.15 / 0.97, rel=1e-3)
 
 
 def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
@@ -126,55 +78,6 @@ def test_the_level_of_a_linear_sweep_is_that_of_its_beginning():
     assert 1e-3 < curve.back < 5e-3  # exactly 3.8e-3; the smoothing spreads the rise to lower rates
 
 
-def test_rates_that_fall_towards_the_input_bear_more():
-    """Two groups, the other at 3/4 of the head's rate: the norm is 5/4, and with one rate the root of 2."""
-    even, falling = falling_curve(rate_norm=math.sqrt(2)), falling_curve(rate_norm=5 / 4)
-    assert falling.suggestion == pytest.approx(math.sqrt(2) / 1.25 * even.suggestion)
-    assert falling_curve(rate_norm=1e-3).suggestion == pytest.approx(0.6 * even.limit * 0.15 / even.gain)  # the most
-
-
-def test_four_times_the_layers_take_half_the_rate():
-    few, many = falling_curve(rate_norm=math.sqrt(4)), falling_curve(rate_norm=math.sqrt(16))
-    assert many.suggestion == pytest.approx(few.suggestion / 2)
-
-
-def test_eight_times_the_steps_take_half_the_rate():
-    once, more = (falling_curve(training_steps=steps) for steps in (300, 2400))
-    assert once.suggestion == pytest.approx(2 * more.suggestion)
-
-
-@pytest.mark.parametrize(("sweeps", "drawn"), [(1, 10**-1), (2, 10 ** (-3 / 5)), (3, 10 ** (-3 / 7))])
-def test_the_usual_limit_counts_for_half_a_sweep(sweeps, drawn):
-    """The usual one is 1.4 / 280 / 5, a thousandth of the sweep's; the weights are 1 to 1/2, 2 to 1/2, 3 to 1/2."""
-    one = LRCurve(
-        rates=tuple(10.0**power for power in range(-20, 21)),
-        losses=(*[10.0] * 20, *[9.0] * 10, *[21.0] * 11),
-        start_loss=10.0,
-        training_steps=8_000,
-        rate_norm=5.0,
-    )
-    assert one.usual_limit is None
-    known = replace(one, width=280, rates=tuple(rate / one.limit for rate in one.rates))
-    assert known.limit == pytest.approx(1)
-    assert known.usual_limit == pytest.approx(1e-3)
-    both = replace(known, repeats=(known,) * (sweeps - 1))
-    assert both.suggestion == pytest.approx(drawn * 3.96 / 20 / 5)
-
-
-@pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])
-def test_what_a_sweep_learns_a_training_need_not_be_fast_for(share, training_steps, wanted):
-    """The loss falls by this share: what is above 0.15 counts, and with 25 steps for the sweep's 41, above 0.246."""
-    curve = LRCurve(
-        rates=tuple(10.0**power for power in range(-20, 21)),
-        losses=(*[10.0] * 20, *[10.0 * (1 - share)] * 10, *[21.0] * 11),
-        start_loss=10.0,
-        training_steps=training_steps,
-        rate_norm=4.0,
-    )
-    assert curve.gain == pytest.approx(share)
-    assert curve.suggestion == pytest.approx(wanted * curve.limit * 0.99 / training_steps ** (1 / 3))
-
-
 def test_noise_moves_the_limit_less_than_the_turn():
     """A trained head: the loss falls by little more than its noise, from 1e-5 on, and is back at its level at 3e-3."""
 
@@ -189,52 +92,6 @@ def test_noise_moves_the_limit_less_than_the_turn():
     assert np.std(limits) < 0.7 * np.std(turns)
     exact = curve_of(shallow, rates=rates).limit
     assert exact / 1.5 < math.exp(np.median(limits)) < exact * 1.5
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
-@pytest.mark.parametrize("seed", range(5))
-def test_suggestion_survives_noise(noise, seed):
-    """The loss turns up at 1e-3 (where its derivative is 0, about 6e-4); noise may move the turn by a factor."""
-    found = curve_of(falls_and_rises, noise=noise, seed=seed)
-    exact = curve_of(falls_and_rises)
-    assert 0.4 < found.suggestion / exact.suggestion < 2.5
-    assert found.confidence == "high"
-
-
-def test_readings_stand_in_their_order():
-    read = falling_curve().suggestions
-    assert list(read) == ["default", *READINGS]
-    assert read["steepest"] <= read["still_falling"] <= 10 * read["minimum_tenth"]
-    assert read["minimum_tenth"] * 10 == pytest.approx(RATES[falling_curve().lowest])
-
-
-def test_steepest_is_where_the_loss_falls_fastest_for_the_logarithm_of_the_rate():
-    """-1 / (1 + c / r) in ln r is a logistic curve, steepest at r = c."""
-    curve = curve_of(lambda rate: -1 / (1 + 1e-4 / rate))
-    assert READINGS["steepest"](curve) == pytest.approx(1e-4, rel=0.25)
-
-
-def fastai_valley(losses):
-    """The definition in fastai's `valley`, as published."""
-    n = len(losses)
-    max_start = max_end = 0
-    lengths = [1] * n
-    for i in range(1, n):
-        for j in range(i):
-            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
-                lengths[i] = lengths[j] + 1
-            if lengths[max_end] < lengths[i]:
-                max_end = i
-                max_start = max_end - lengths[max_end]
-    sections = (max_end - max_start) / 3
-    return max_start + int(sections) + int(sections / 2)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_valley_is_fastais(seed):
-    losses = np.random.default_rng(seed).standard_normal(40) - np.linspace(0, 2, 40)
-    losses[30:] += np.linspace(0, 8, 10)
-    assert valley_index(losses.tolist()) == max(fastai_valley(losses.tolist()), 0)
 
 
 def test_a_flat_curve_says_so():
@@ -281,17 +138,6 @@ def test_a_curve_that_still_falls_at_its_end_says_so():
     curve = curve_of(lambda rate: 2 - 1.5 / (1 + 1e-2 / rate), noise=0.01, stopped="end")
     assert curve.confidence == "low"
     assert "raise end_lr" in curve.verdict
-
-
-@pytest.mark.parametrize("stopped", ["end", "diverged", "nan"])
-@pytest.mark.parametrize("losses", [range(6), range(6, 0, -1), [1.0] * 6, [5, 0, 5, 0, 5, 0], [0, 9, 9, 9, 9, 9]])
-def test_every_rule_gives_a_rate_within_the_sweep_or_below(losses, stopped):
-    rates = tuple(10.0**power for power in range(-6, 0))
-    curve = LRCurve(rates=rates, losses=tuple(map(float, losses)), start_loss=1.0, training_steps=50, stopped=stopped)
-    for name, rule in {"endurance": endurance, **READINGS}.items():
-        assert 0 < rule(curve) <= rates[-1], name
-    assert curve.verdict.endswith(".")
-    assert curve.confidence in ("low", "medium", "high")
 
 
 def test_cyclical_range_ends_at_the_suggestion():
@@ -437,29 +283,3 @@ def test_other_json_is_refused(text):
 def test_points_that_are_no_curve_are_refused(rates):
     with pytest.raises(InputError, match="five rising rates"):
         LRCurve(rates=rates, losses=(1.0,) * len(rates), start_loss=1.0, training_steps=1)
-
-
-def sweep_until_divergence(losses):
-    for count in range(1, len(losses) + 1):
-        if has_diverged(losses[:count]):
-            return count
-    return None
-
-
-def test_a_sweep_is_ended_once_its_gain_is_lost():
-    losses = [falls_and_rises(rate) for rate in [*RATES, 1.0]]
-    end = sweep_until_divergence(losses)
-    assert end is not None
-    assert RATES[end] > 1e-3
-    assert losses[end - 1] > 2
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_noise_alone_is_no_divergence(seed):
-    noise = np.random.default_rng(seed).standard_normal(100)
-    assert sweep_until_divergence((0.01 + 0.02 * noise).tolist()) is None
-    assert sweep_until_divergence((1.8 - 0.005 * np.arange(100) + 0.1 * noise).tolist()) is None
-
-
-def test_losses_below_zero_can_diverge():
-    assert sweep_until_divergence([-1.0] * 20 + [-1.0 + 0.5 * step for step in range(20)])

@@ -6,8 +6,8 @@ import sys
 
 import matplotlib
 import pytest
+from curves import falling_curve
 from rich.console import Console
-from test_lr_curve import falling_curve
 
 from ulmfit_tools.lr_curve import Probe
 from ulmfit_tools.reporting.lr_plot import MEANINGS, plot_lr_curve, print_lr_curve

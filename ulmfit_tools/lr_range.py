@@ -24,7 +24,8 @@ from transformers.trainer_utils import has_length
 
 from ulmfit_tools.checkpoints import write_json
 from ulmfit_tools.errors import InputError, nearest
-from ulmfit_tools.lr_curve import LENGTH_POWER, LRCurve, Probe, has_diverged
+from ulmfit_tools.lr_curve import LRCurve, Probe
+from ulmfit_tools.lr_readings import LENGTH_POWER, has_diverged
 from ulmfit_tools.rehearsal import LossNotes, list_parameters, rehearse, unwrapped
 from ulmfit_tools.restoring import unchanged
 from ulmfit_tools.training_args import ULMFiTTrainingArguments
@@ -213,8 +214,8 @@ def _confirmed(
     """Short trainings at rates around the suggestion, all of them from the same start and on the same batches.
 
     A probe takes half of the training's steps, or fewer. One of n steps stands for a training of T at its rate, with a
-    peak `(T / n) ** (1 / 3)` times as high, as in `lr_curve.endurance`, in the same form: a rise over a tenth of its
-    steps, and a fall to 0.
+    peak `(T / n) ** (1 / 3)` times as high, as in `lr_readings.endurance`, in the same form: a rise over a tenth of
+    its steps, and a fall to 0.
     """
     steps = min(PROBE_STEPS, max(curve.training_steps // 2, 4))
     logger.warning(

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ulmfit_tools.lr_curve import LRCurve, valley_index
+from ulmfit_tools.lr_curve import LRCurve
+from ulmfit_tools.lr_readings import valley_index
 
 # From their definitions, on curves that were swept with their settings. They pair a loss with the
 # rate of the update after it, so the loss before the first update belongs to the first rate.

@@ -29,8 +29,9 @@ from datasets import disable_progress_bars
 from lr_starts import LAYERS, MODEL, TASKS, Case, Tasks, make_trainer, mixed_cases
 from transformers.utils import logging as transformers_logging
 
-from ulmfit_tools.lr_curve import READINGS, LRCurve
+from ulmfit_tools.lr_curve import LRCurve
 from ulmfit_tools.lr_range import lr_range_test
+from ulmfit_tools.lr_readings import READINGS
 
 MADE_ON = ["trec", "sst2", "clinc150", "stdlib-docs"]  # the tasks of the table; our rule was chosen on trec-fine, too
 HELD_OUT_ROWS = 4000  # with 1,000 rows chance moves the best of 8 by most of a point

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/lr_usual_limit.py recipes/benchmarks/results/lr_suggestions.jsonl
 
-For each kind of starts, its two constants (`lr_curve.USUAL` and `USUAL_SWEEPS`) are chosen on all other kinds, as the
-pair of a grid with the lowest mean regret, each kind counting alike. One sweep. The other constants stay.
+For each kind of starts, its two constants (`USUAL` and `USUAL_SWEEPS` of `lr_readings`) are chosen on all other kinds,
+as the pair of a grid with the lowest mean regret, each kind counting alike. One sweep. The other constants stay.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import numpy as np
 from lr_starts import LAYERS, MODEL, Case
 from lr_suggestions import Results, regret
 
-from ulmfit_tools import lr_curve
-from ulmfit_tools.lr_curve import LRCurve, endurance
+from ulmfit_tools import lr_readings
+from ulmfit_tools.lr_curve import LRCurve
+from ulmfit_tools.lr_readings import endurance
 
 USUAL = [0.7, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0]
 SWEEPS = [0.25, 1 / 3, 0.5, 0.7, 1.0]
@@ -47,7 +48,7 @@ def read(path: Path) -> dict[str, list[tuple[list[tuple[float, float]], LRCurve]
 
 def regrets(starts: list[tuple[list[tuple[float, float]], LRCurve]], usual: float, sweeps: float) -> list[float]:
     """In points, with these constants; no sweeps: without the usual limit."""
-    lr_curve.USUAL, lr_curve.USUAL_SWEEPS = usual, sweeps
+    lr_readings.USUAL, lr_readings.USUAL_SWEEPS = usual, sweeps
     return [100 * regret(points, endurance(curve)) for points, curve in starts]
 
 

@@ -77,7 +77,8 @@ class Results:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The tasks vary fastest, so that a part of the results is balanced over them."""
-    for case in itertools.islice(mixed_cases(), options.mixed) if options.mixed else chosen_cases(options):
+    drawn = itertools.islice(mixed_cases(), options.skip, options.mixed)
+    for case in drawn if options.mixed else chosen_cases(options):
         yield replace(case, model=Path(options.model).name)
 
 
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first so many: another model")
     parser.add_argument("--model", default=MODEL, help="another model, a folder or a name on the Hub; see --layers")
     parser.add_argument("--mixed", type=int, metavar="N", help="instead of tasks and seeds: N starts drawn at random")
+    parser.add_argument("--skip", type=int, default=0, help="so many of those drawn at random, from the first")
     parser.add_argument("--held_out_rows", type=int, default=HELD_OUT_ROWS)
     parser.add_argument("--bf16", action="store_true", help="mixed precision, where the machine is faster with it")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch computes with")

@@ -230,22 +230,22 @@ def test_until_overfit_stops_and_resumes_with_the_same_bits(model, data, tmp_pat
         assert same(weights(folder), weights(tmp_path / "first"))
 
 
-class ScriptedLosses(TrainerCallback):
-    """Puts another validation loss into the log before anyone reads it there."""
+class Scripted(TrainerCallback):
+    """Puts another value of a validation metric into the log before anyone reads it there."""
 
-    def __init__(self, *losses):
-        self.losses = iter(losses)
+    def __init__(self, name, *values):
+        self.name, self.values = name, iter(values)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "eval_loss" in logs:
-            logs["eval_loss"] = state.log_history[-1]["eval_loss"] = next(self.losses)
+        if self.name in logs:
+            logs[self.name] = state.log_history[-1][self.name] = next(self.values)
 
 
 SGDR = {"schedule": "sgdr", "schedule_settings": {"cycle_len": 1, "cycle_mult": 2}}  # ends after epochs 1, 3, 7, 15
 
 
 def test_under_sgdr_overfitting_and_the_best_are_told_at_the_ends_of_cycles(model, data, tmp_path):
-    losses = ScriptedLosses(5.0, 3.0, 4.0, 7.0, 2.0, 5.0, 4.5)
+    losses = Scripted("eval_loss", 5.0, 3.0, 4.0, 7.0, 2.0, 5.0, 4.5)
     plan = FineTuningPlan(
         name="x", phases=[Phase(name="a", until_overfit=UntilOverfit(patience=1, max_epochs=15), **SGDR)]
     )
@@ -266,21 +266,10 @@ def test_under_sgdr_overfitting_and_the_best_are_told_at_the_ends_of_cycles(mode
 def test_the_best_under_sgdr_is_the_last_evaluation_of_a_cycle_or_of_the_training(
     settings, kept, model, data, tmp_path
 ):
-    losses = ScriptedLosses(8.0, 4.0, 7.0, 5.0, 3.0, 6.0, 2.0, 9.0, 9.0)
+    losses = Scripted("eval_loss", 8.0, 4.0, 7.0, 5.0, 3.0, 6.0, 2.0, 9.0, 9.0)
     plan = FineTuningPlan(name="x", phases=[Phase(name="a", epochs=6, keep="best", **SGDR)])
     more = settings | {"per_device_train_batch_size": 16, "callbacks": [losses]}
     assert run(plan, model, data, tmp_path / "run", **more).phases[0].metrics["loss"] == kept
-
-
-class ScriptedAccuracies(TrainerCallback):
-    """Puts another validation accuracy into the log before anyone reads it there."""
-
-    def __init__(self, *shares):
-        self.shares = iter(shares)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "eval_accuracy" in logs:
-            logs["eval_accuracy"] = state.log_history[-1]["eval_accuracy"] = next(self.shares)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +288,7 @@ def test_of_cycles_that_only_chance_tells_apart_the_last_is_kept(shares, kept, m
         settings={"metric_for_best_model": "accuracy"},
         phases=[Phase(name="a", epochs=7, keep="best", **SGDR)],
     )
-    run(plan, model, data, tmp_path / "run", callbacks=[ScriptedAccuracies(*shares, 1.0)])
+    run(plan, model, data, tmp_path / "run", callbacks=[Scripted("eval_accuracy", *shares, 1.0)])
     state = json.loads((tmp_path / "run/phases/01-a/trainer_state.json").read_text())
     steps = {entry["epoch"]: entry["step"] for entry in state["log_history"] if "eval_loss" in entry}
     assert state["best_global_step"] == steps[kept]

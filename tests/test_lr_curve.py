@@ -140,6 +140,15 @@ def test_a_curve_that_still_falls_at_its_end_says_so():
     assert "raise end_lr" in curve.verdict
 
 
+@pytest.mark.parametrize(("first", "confidence"), [(2e-6, "high"), (2e-4, "low")])
+def test_a_curve_that_begins_near_its_limit_says_so(first, confidence):
+    """The loss turns at about 6e-4, three hundred times the one beginning and three times the other."""
+    curve = falling_curve(rates=tuple(rate for rate in RATES if rate > first))
+    assert 4e-4 < curve.limit < 1e-3
+    assert curve.confidence == confidence
+    assert ("lower start_lr" in curve.verdict) is (confidence == "low")
+
+
 def test_cyclical_range_ends_at_the_suggestion():
     curve = falling_curve()
     assert curve.cyclical_range == (curve.suggestion / 4, curve.suggestion)

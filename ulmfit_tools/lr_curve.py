@@ -28,6 +28,7 @@ BACK = 0.05  # how far above its first level the loss must be, as a share of it,
 SHALLOW = 4.0  # how far below `back` the turn can be told from noise
 LEARNED = 0.05  # a loss of this share of its level tells nothing more about the rates
 APART = 4.0  # how far apart the limits of sweeps may lie before they say little
+BEFORE = 10.0  # how far below its limit a sweep must begin to show what the loss was before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +266,14 @@ class LRCurve:
     @property
     def _grade(self) -> int:
         """How sure this sweep alone is: an index into `GRADES`."""
-        if self.clearness < CLEAR or not self._has_limit:
+        if self.clearness < CLEAR or not self._has_limit or self._begins_late:
             return 0
         return 2 if self.clearness >= SURE and self.learned is None else 1
+
+    @property
+    def _begins_late(self) -> bool:
+        """Whether the first rates may have changed the loss already, so that nobody sees where it began."""
+        return self.limit < BEFORE * self.rates[0]
 
     @property
     def _limits(self) -> list[float]:
@@ -321,6 +327,8 @@ class LRCurve:
                 f"The loss falls to next to nothing by {self._turn}, so higher rates cannot be told apart: the rows "
                 "are easily learned, and a rate up to the suggestion will do."
             )
+        if self._begins_late:
+            return f"The first rate that is too high, {self.limit:.1e}, is near the first one: lower start_lr."
         if self.clearness < CLEAR and self.fall < SMALL * abs(self.level):
             told = "The curve is too flat to decide: the loss does not fall at any rate"
         elif self.clearness < CLEAR:

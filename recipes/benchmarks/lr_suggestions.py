@@ -29,7 +29,7 @@ from datasets import disable_progress_bars
 from lr_starts import LAYERS, MODEL, TASKS, Case, Tasks, make_trainer, mixed_cases
 from transformers.utils import logging as transformers_logging
 
-from ulmfit_tools.lr_curve import LRCurve
+from ulmfit_tools.lr_curve import GRADES, LRCurve
 from ulmfit_tools.lr_range import lr_range_test
 from ulmfit_tools.lr_readings import READINGS
 
@@ -39,12 +39,12 @@ SEEDS = [0, 1]
 MIXED_RATES = [4e-4, 2e-4, 8e-4, 1e-4, 1.6e-3]  # and twice or half as much while the best is at an end
 RATES = [2e-4, 4e-4, 8e-4, 1e-4, 1.6e-3, 3e-3, 3e-5, 1e-5]  # in the order in which they are run
 SWEEPS: dict[str, dict[str, Any]] = {
-    "ours": {"confirm": True},  # 1e-7 to 10 in 100 steps: also what fastai and torch-lr-finder do by default
+    "ours": {},  # 1e-7 to 10 in 100 steps: also what fastai and torch-lr-finder do by default
     "three": {"num_sweeps": 3},
+    "confirmed": {"confirm": True},
     "lightning": {"start_lr": 1e-8, "end_lr": 1.0},
 }
 HABITS = [5e-5, 2e-5]
-CONFIRMED = "ours, confirmed"
 
 
 class Results:
@@ -144,12 +144,12 @@ def rate_beyond(results: Results, case: Case) -> float | None:
 def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
     """Range tests of every design from every start."""
     for case in cases(options):
-        for name, settings in SWEEPS.items():
+        for name in options.sweeps:
             key = case.key("sweep", sweep=name)
             if results.find(**key):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                curve = lr_range_test(make_trainer(case, tasks, folder), **settings)
+                curve = lr_range_test(make_trainer(case, tasks, folder), **SWEEPS[name])
             results.add(key | {"bf16": tasks.bf16, "curve": json.loads(curve.to_json())})
             rates = {reading: f"{rate:.1e}" for reading, rate in curve.suggestions.items()}
             print(f"{case} {name}: {rates} {curve.confidence}, {curve.seconds:.0f} s", flush=True)
@@ -158,16 +158,13 @@ def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
 def contestants() -> dict[str, tuple[str | None, Callable[[LRCurve], float], Callable[[LRCurve], int]]]:
     """By name: the sweep that a rule reads, the rule, and the optimizer steps that it costs."""
 
-    def without_probes(curve: LRCurve) -> LRCurve:
-        return replace(curve, probes=())
-
     def swept(curve: LRCurve) -> int:
         return len(curve.rates) + (curve.loss_on == "training")
 
     ours: dict[str, Any] = {
-        "ours, default": ("ours", lambda curve: without_probes(curve).suggestion, swept),
+        "ours, default": ("ours", lambda curve: curve.suggestion, swept),
         "ours, three sweeps": ("three", lambda curve: curve.suggestion, lambda curve: curve.steps),
-        CONFIRMED: ("ours", lambda curve: curve.suggestion, lambda curve: curve.steps),
+        "ours, confirmed": ("confirmed", lambda curve: curve.suggestion, lambda curve: curve.steps),
     }
     for name, rule in READINGS.items():
         ours[f"  our curve, {name}"] = ("ours", rule, swept)
@@ -219,8 +216,6 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     print("| rule | mean regret | worst | averaged: mean | worst | worst on | rates | steps |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (sweep, rule, cost) in contestants().items():
-        if name == CONFIRMED and not all(curves["ours"].probes for _, curves in complete.values()):
-            continue
         if not all((sweep or "ours") in curves for _, curves in complete.values()):
             continue
         chosen = {case: rule(curves[sweep or "ours"]) for case, (_, curves) in complete.items()}
@@ -243,11 +238,22 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     print(
         "\n(*) Some of its rates lie beyond the measured ones, and count as the nearest of these: too well, as a rule."
     )
+    print_by_confidence(complete)
     print_other_seeds(complete)
     print("\nBest accuracies:")
     for case, (points, _) in complete.items():
         rate = max(points, key=lambda rate: points[rate])
         print(f"  {case}: {points[rate]:.3f} at {rate:g}")
+
+
+def print_by_confidence(complete: dict[Case, tuple[dict, dict[str, LRCurve]]]) -> None:
+    """Whether our default is better where it says that it is sure."""
+    print("\nOurs, default, by what it says of itself:")
+    for grade in reversed(GRADES):
+        own = [(points, curves["ours"]) for points, curves in complete.values() if curves["ours"].confidence == grade]
+        found = [100 * regret([*points.items()], curve.suggestion) for points, curve in own]
+        if found:
+            print(f"  {grade} confidence, {len(found)}: mean regret {np.mean(found):.2f}, worst {max(found):.2f}")
 
 
 def print_other_seeds(complete: dict[Case, tuple[dict, dict[str, LRCurve]]]) -> None:
@@ -273,6 +279,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=MADE_ON)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="for the table: at least these")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="only these")
     parser.add_argument("--trained_head", action="store_true", help="start from a head that was trained alone")
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first so many: another model")
     parser.add_argument("--model", default=MODEL, help="another model, a folder or a name on the Hub; see --layers")

@@ -4,7 +4,7 @@
 
 A plan may name a rate, so that a baseline can be tuned on the validation column: --plans baseline@5e-5 baseline@1e-4.
 Runs lie in --output_dir, one folder each, and are resumed or taken over when the command is given again. For each seed
-the plans run in turn, so a machine that grows slower meanwhile slows all of them.
+the plans run in turn, so a machine that grows slower meanwhile slows all of them; times are of training, medians.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def with_fewer_rows(data: TextClassificationData, rows: int, seed: int) -> TextC
 
 def print_table(results: dict[str, list], dataset: str) -> None:
     table = Table(title=f"{dataset}: test split, seeds in the order given")
-    for column in ("plan", "validation", "test", "each seed", "F1 macro", "training time", "steps"):
+    for column in ("plan", "validation", "test", "each seed", "F1 macro", "median time", "steps"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, runs in results.items():
         if runs:
@@ -86,7 +86,7 @@ def print_table(results: dict[str, list], dataset: str) -> None:
                 f"{statistics.mean(accuracies):.4f}",
                 " ".join(f"{value:.4f}" for value in accuracies),
                 f"{statistics.mean(run.metrics['test']['f1_macro'] for run in runs):.4f}",
-                f"{statistics.mean(run.seconds for run in runs):.0f} s",
+                f"{statistics.median(run.seconds for run in runs):.0f} s",
                 f"{statistics.mean(sum(phase.steps for phase in run.phases) for run in runs):.0f}",
             )
     Console(width=120).print(table)

@@ -40,7 +40,7 @@ def plot_lr_curve(curve: LRCurve, ax: "Axes | None" = None) -> "Axes":
     ax.plot(curve.rates, curve.losses, ".", color="0.65", markersize=4, label="loss of each step")
     ax.plot(curve.rates, curve.smoothed, color="C0", linewidth=2, label="smoothed")
     for number, sweep in enumerate(curve.repeats):
-        label = None if number else "the other sweeps, smoothed"
+        label = None if number else f"the other sweep{'s' * (len(curve.repeats) > 1)}, smoothed"
         ax.plot(sweep.rates, sweep.smoothed, color="C0", linewidth=1, alpha=0.45, label=label)
     low, high = curve.cyclical_range
     ax.axvspan(low, high, color="C3", alpha=0.12, linewidth=0, label=f"for cycles: {low:.1e} to {high:.1e}")

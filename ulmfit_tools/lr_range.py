@@ -70,7 +70,7 @@ def lr_range_test(
     Args:
         trainer: A `Trainer` or `ULMFiTTrainer`, in one process or with DDP. It need not have trained yet.
         start_lr: The first rate of the last layer group, the head. Steps at rates next to nothing are not lost: they
-            show where the loss begins, and a sweep without them ends later (recipes/benchmarks).
+            show where the loss begins, and a sweep without them finds too high a limit (recipes/benchmarks).
         end_lr: The last one.
         num_steps: Optimizer steps; with gradient accumulation each takes several batches.
         mode: "exponential" or "linear".

@@ -359,6 +359,15 @@ def test_the_width_counts_where_adam_trains_whole_layers(tmp_path):
     assert lr_range_test(in_part, **SHORT).width is None
 
 
+def test_the_classes_count_where_each_row_has_one(tmp_path):
+    """Nor is a usual limit known of labels that are numbers, or several for each row."""
+    assert lr_range_test(make_trainer(tmp_path), **SHORT).classes == 3
+    for labels, of_row in ((1, lambda row: float(row["labels"])), (3, lambda row: [float(row["labels"] > 0)] * 3)):
+        rows = [row | {"labels": of_row(row)} for row in ragged_rows(64)]
+        trainer = make_trainer(tmp_path, model=tiny_bert(num_labels=labels), trainer={"train_dataset": rows})
+        assert lr_range_test(trainer, **SHORT).classes is None
+
+
 def test_accumulation_counts_optimizer_steps(tmp_path):
     trainer = watching(tmp_path, gradient_accumulation_steps=2)
     curve = lr_range_test(trainer, **SHORT)

@@ -48,9 +48,9 @@ def test_eight_times_the_steps_take_half_the_rate():
     assert once.suggestion == pytest.approx(2 * more.suggestion)
 
 
-@pytest.mark.parametrize(("sweeps", "drawn"), [(1, 10**-1), (2, 10 ** (-3 / 5)), (3, 10 ** (-3 / 7))])
-def test_the_usual_limit_counts_for_half_a_sweep(sweeps, drawn):
-    """The usual one is 1.4 / 280 / 5, a thousandth of the sweep's; the weights are 1 to 1/2, 2 to 1/2, 3 to 1/2."""
+@pytest.mark.parametrize(("sweeps", "share"), [(1, 3 / 5), (2, 3 / 7), (3, 1 / 3)])
+def test_the_usual_limit_counts_for_one_and_a_half_sweeps(sweeps, share):
+    """Of 20 classes, 0.5 * 2.9957 ** 0.75 / 228 / 5, a thousandth of the sweep's; weights 1, 2 or 3 to 3/2."""
     one = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),
         losses=(*[10.0] * 20, *[9.0] * 10, *[21.0] * 11),
@@ -58,12 +58,19 @@ def test_the_usual_limit_counts_for_half_a_sweep(sweeps, drawn):
         training_steps=8_000,
         rate_norm=5.0,
     )
-    assert usual_limit(one) is None
-    known = replace(one, width=280, rates=tuple(rate / one.limit for rate in one.rates))
+    known = replace(one, width=228, classes=20, rates=tuple(rate / one.limit for rate in one.rates))
     assert known.limit == pytest.approx(1)
-    assert usual_limit(known) == pytest.approx(1e-3)
+    assert usual_limit(known) == pytest.approx(1e-3, rel=2e-3)
     both = replace(known, repeats=(known,) * (sweeps - 1))
-    assert both.suggestion == pytest.approx(drawn * 3.96 / 20 / 5)
+    assert both.suggestion == pytest.approx(usual_limit(known) ** share * 3.96 / 20 / 5)
+
+
+def test_the_usual_limit_rises_with_the_loss_of_a_guess_and_is_that_of_a_classifier():
+    """150 classes have a loss of 5.01 where one guesses, two 0.693: (5.01 / 0.693) ** (3 / 4) is 4.41."""
+    few, many = (falling_curve(width=384, classes=classes) for classes in (2, 150))
+    assert usual_limit(many) / usual_limit(few) == pytest.approx(4.41, rel=1e-3)
+    for unknown in ({"width": 384}, {"classes": 2}):
+        assert usual_limit(falling_curve(**unknown)) is None
 
 
 @pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])

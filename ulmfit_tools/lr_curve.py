@@ -63,6 +63,7 @@ class LRCurve:
         rate_norm: The root of the sum of squares, over the layer groups that train, of a group's rate as a share of
             the head's; 1 for a head alone.
         width: The model's hidden size, where layers besides the head train, whole, with a kind of Adam; else None.
+        classes: Between how many classes the model decides; None where its labels are numbers, or several for a row.
         probes: What the confirmation tried; empty without one.
         repeats: Other sweeps over the same rates from the same start, on other batches. Every suggestion is the
             geometric mean over this sweep and them; they have no repeats and no probes of their own.
@@ -82,6 +83,7 @@ class LRCurve:
     seconds: float = 0.0
     rate_norm: float = 1.0
     width: int | None = None
+    classes: int | None = None
     probes: tuple[Probe, ...] = ()
     repeats: tuple["LRCurve", ...] = ()
 

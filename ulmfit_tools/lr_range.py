@@ -78,7 +78,7 @@ def lr_range_test(
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
-            of a factor of about 1.3. The batches come in another order where that is drawn from the trainer's seed;
+            of a factor of about 1.2. The batches come in another order where that is drawn from the trainer's seed;
             a loader of one's own may give the same ones each time. None takes two where the training is at least as
             long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
@@ -147,6 +147,7 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
         steps=notes.updates,
         rate_norm=notes.rate_norm,
         width=notes.width,
+        classes=notes.classes,
     )
 
 

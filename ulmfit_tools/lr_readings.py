@@ -1,5 +1,6 @@
 """The rates that one sweep suggests: the default, the usual readings, and when a sweep has nothing more to show."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 # What a training endures of the sweep's limit, the most that even a short one does, and the share of the loss that a
 # sweep may take away without the training wanting less; see `endurance`.
 ENDURED, LENGTH_POWER, MOST_ENDURED, GAINED = 3.96, 1 / 3, 0.6, 0.15
-USUAL, USUAL_SWEEPS = 1.4, 0.5  # the usual limit of a model one number wide, and for how many sweeps it counts
+# The usual limit of a model one number wide that decides between e classes, how it rises with the loss of a guess, and
+# for how many sweeps it counts; see `usual_limit`.
+USUAL, CLASSES_POWER, USUAL_SWEEPS = 0.5, 3 / 4, 1.5
 
 
 def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
@@ -19,7 +22,7 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
 
     It is `3.96 * limit / T ** (1 / 3) / rate_norm`, and at most 0.6 of the limit; and a share of that, `0.15 / gain`,
     where the sweep takes away more than 0.15 of the loss (times as much as it has more steps than the training). The
-    limit is that of the sweep, drawn towards `1.4 / width / rate_norm`, the usual one, which counts for half a sweep.
+    limit is that of the sweep, drawn towards the usual one (`usual_limit`), which counts for one and a half sweeps.
 
     A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
     falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
@@ -34,9 +37,9 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     What can be endured is wanted only where there is much to learn for the steps that there are. Where a sweep learns
     a good part on its way, a training has steps to spare, and lower rates end better.
 
-    And of what sweeps differ in from task to task, only a part is what the best rates differ in: over the starts of
-    the benchmark, the limit of a sweep says no more about the best rate than a constant does, and the mean of both
-    more than either.
+    And of what sweeps differ in from start to start, only a part is what the best rates differ in; another is chance,
+    by the batches that they meet. Over the starts of the benchmark the number of classes says as much about the best
+    rate as the limit of a sweep does, and the mean of both more than either.
 
     The 4 in `limit` and the 3.96 here, which is 1.4 for eight groups at one rate, were chosen on true curves of MiniLM
     on four datasets, 189 steps from a new head and from a trained one, after sweeps of 100 steps over eight decades
@@ -48,7 +51,7 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     it a sweep that can be read (`stdlib-docs` and TREC, 1,000 rows, validation accuracy): hence the 0.6, which changes
     nothing else but one of the random starts. The 0.15 came from TREC and MPNet, whose best rates lay below what the
     rule said. The usual limit came last, chosen on all starts of the benchmark; its README says what it does to each
-    kind of starts when it is chosen on the others.
+    task and each kind of starts when it is chosen on the others.
 
     Args:
         curve: One sweep.
@@ -69,12 +72,16 @@ def _drawn(curve: "LRCurve", sweeps: int) -> float:
 
 
 def usual_limit(curve: "LRCurve") -> float | None:
-    """Where the limit lies on most data for a model of this width and rates of these ratios; None if not known.
+    """Where the limit lies on most data for such a model, such rates and so many classes; None if not known.
 
-    Of networks in which Adam trains hidden layers the best rate falls as one over their width (Yang et al. 2022,
-    arXiv:2203.03466, table 3); that the layers add up is said in `endurance`.
+    It is `0.5 * ln(classes) ** (3 / 4) / width / rate_norm`. Of networks in which Adam trains hidden layers the best
+    rate falls as one over their width (Yang et al. 2022, arXiv:2203.03466, table 3); that the layers add up is said in
+    `endurance`. The logarithm of the number of classes is the loss of a guess, so what there is to be learned in the
+    steps that there are; and unlike the loss itself it does not depend on the loss's scale, as Adam does not.
     """
-    return None if curve.width is None else USUAL / curve.width / curve.rate_norm
+    if curve.width is None or curve.classes is None:
+        return None
+    return USUAL * math.log(curve.classes) ** CLASSES_POWER / curve.width / curve.rate_norm
 
 
 def steepest(curve: "LRCurve") -> float:

@@ -47,6 +47,7 @@ class LossNotes(TrainerCallback):
         self.training_steps = 0
         self.rate_norm = 1.0
         self.width: int | None = None
+        self.classes: int | None = None
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
         """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
@@ -184,6 +185,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     notes.attach(rehearsal, trainer.args)
     try:
         Trainer.train(rehearsal)  # a subclass's own `train` looks after signals and checkpoints
+        notes.classes = class_count(trainer)  # only now, since models take their kind of labels from the first batch
     finally:
         vars(rehearsal).clear()  # the copy's functions hold the copy; what else goes in circles, `train` collects
     return notes
@@ -299,3 +301,12 @@ def trained_width(trainer: Trainer, optimizer: Optimizer) -> int | None:
         return None
     config: Any = getattr(model, "config", None)
     return None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+
+
+def class_count(trainer: Trainer) -> int | None:
+    """Between how many classes the model decides; None where its labels are numbers, or several for each row."""
+    config: Any = getattr(trainer.model, "config", None)
+    if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+        return None
+    classes = getattr(config, "num_labels", 1)
+    return classes if classes > 1 else None

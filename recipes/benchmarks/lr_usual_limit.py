@@ -1,14 +1,16 @@
-"""What the usual limit in our rule is worth on starts that had no part in choosing it.
+"""What the usual limit in our rule is worth on tasks, and on kinds of starts, that had no part in choosing it.
 
     python recipes/benchmarks/lr_usual_limit.py recipes/benchmarks/results/lr_suggestions.jsonl
 
-For each kind of starts, its two constants (`USUAL` and `USUAL_SWEEPS` of `lr_readings`) are chosen on all other kinds,
-as the pair of a grid with the lowest mean regret, each kind counting alike. One sweep. The other constants stay.
+For each of them, the three constants of the usual limit (`USUAL`, `CLASSES_POWER` and `USUAL_SWEEPS` of `lr_readings`)
+are chosen on all others, as those of a grid with the lowest mean regret. Every sweep of a start, the first and its
+repeats, is read as the only one, and all starts count alike. The other constants stay.
 """
 
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,12 @@ from ulmfit_tools import lr_readings
 from ulmfit_tools.lr_curve import LRCurve
 from ulmfit_tools.lr_readings import endurance
 
-USUAL = [0.7, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0]
-SWEEPS = [0.25, 1 / 3, 0.5, 0.7, 1.0]
+USUAL = [0.3, 0.4, 0.5, 0.6, 0.8, 1.1, 1.4]
+CLASSES_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
+USUAL_SWEEPS = [0.5, 1, 1.5, 2]
 FEWEST_RATES = 5  # of a true curve
+
+Start = tuple[list[tuple[float, float]], list[LRCurve]]  # the true curve, and the sweeps
 
 
 def kind_of(case: Case) -> str:
@@ -34,39 +39,61 @@ def kind_of(case: Case) -> str:
     return "new head" + f", {case.layers} layers" * (case.layers != LAYERS) + ", fine labels" * ("fine" in case.task)
 
 
-def read(path: Path) -> dict[str, list[tuple[list[tuple[float, float]], LRCurve]]]:
-    """By kind of start: the true curve and the sweep of each."""
-    results, kinds = Results(path), {}
+def read(path: Path) -> dict[Case, Start]:
+    """The true curve and the sweeps of each start that has both."""
+    results, starts = Results(path), {}
     names = list(Case("", 0, False).key("curve"))[1:]
-    for sweep in results.find(kind="sweep", sweep="ours"):
-        case = Case(**{name: sweep[name] for name in names})
-        points = [(line["rate"], line["accuracy"]) for line in results.find(**case.key("curve"))]
+    for line in results.find(kind="sweep", sweep="ours"):
+        case = Case(**{name: line[name] for name in names})
+        points = [(point["rate"], point["accuracy"]) for point in results.find(**case.key("curve"))]
+        several = results.find(**case.key("sweep", sweep="three")) or [line]
         if len(points) >= FEWEST_RATES:
-            kinds.setdefault(kind_of(case), []).append((points, LRCurve.from_json(json.dumps(sweep["curve"]))))
-    return kinds
+            starts[case] = points, list(LRCurve.from_json(json.dumps(several[0]["curve"])).sweeps)
+    return starts
 
 
-def regrets(starts: list[tuple[list[tuple[float, float]], LRCurve]], usual: float, sweeps: float) -> list[float]:
-    """In points, with these constants; no sweeps: without the usual limit."""
-    lr_readings.USUAL, lr_readings.USUAL_SWEEPS = usual, sweeps
-    return [100 * regret(points, endurance(curve)) for points, curve in starts]
+def regrets(start: Start, constants: tuple[float, float, float]) -> list[float]:
+    """In points, of each sweep by itself, with these constants."""
+    lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS = constants
+    points, sweeps = start
+    return [100 * regret(points, endurance(sweep)) for sweep in sweeps]
+
+
+def print_left_out(starts: dict[Case, Start], group_of: Callable[[Case], str], title: str) -> None:
+    """One row for each group of starts: with constants chosen on the others, with ours, and without a usual limit."""
+    ours = lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS
+    grid = list(itertools.product(USUAL, CLASSES_POWER, USUAL_SWEEPS))
+    means = {case: [np.mean(regrets(start, constants)) for constants in grid] for case, start in starts.items()}
+    groups: dict[str, list[Case]] = {}
+    for case in starts:
+        groups.setdefault(group_of(case), []).append(case)
+    print(f"| {title} | starts | chosen on the others: usual, power, sweeps | mean regret | worst | ours | without |")
+    print("|---|---|---|---|---|---|---|")
+    totals = []
+    for group, cases in groups.items():
+        others = np.array([means[case] for case in starts if case not in cases])
+        chosen = grid[int(others.mean(axis=0).argmin())]
+        rows = []
+        for constants in (chosen, ours, (1.0, 0.0, 0.0)):
+            found = [regrets(starts[case], constants) for case in cases]
+            rows.append((float(np.mean([np.mean(one) for one in found])), max(map(max, found))))
+        totals.append([len(cases) * mean for mean, _ in rows])
+        cells = [group, str(len(cases)), ", ".join(f"{constant:.2g}" for constant in chosen)]
+        cells += [f"{rows[0][0]:.2f}", f"{rows[0][1]:.2f}"] + [f"{mean:.2f}, {worst:.2f}" for mean, worst in rows[1:]]
+        print(f"| {' | '.join(cells)} |")
+    mean = np.sum(totals, axis=0) / len(starts)
+    print(f"| all | {len(starts)} | | {mean[0]:.2f} | | {mean[1]:.2f} | {mean[2]:.2f} |")
+    best = grid[int(np.array(list(means.values())).mean(axis=0).argmin())]
+    print(f"\nThe best on all of them: {', '.join(f'{constant:.2g}' for constant in best)}\n")
+    lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS = ours
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    kinds = read(parser.parse_args().results)
-    print("| starts | | chosen on the others: usual, sweeps | mean regret | worst | without it: mean | worst |")
-    print("|---|---|---|---|---|---|---|")
-    for kind, starts in kinds.items():
-
-        def on_the_others(pair: tuple[float, float], kind: str = kind) -> float:
-            return float(np.mean([np.mean(regrets(kinds[other], *pair)) for other in kinds if other != kind]))
-
-        usual, sweeps = min(itertools.product(USUAL, SWEEPS), key=on_the_others)
-        ours, without = regrets(starts, usual, sweeps), regrets(starts, 1.0, 0.0)
-        cells = [kind, str(len(starts)), f"{usual:g}, {sweeps:.2g}", f"{np.mean(ours):.2f}", f"{max(ours):.2f}"]
-        print(f"| {' | '.join([*cells, f'{np.mean(without):.2f}', f'{max(without):.2f}'])} |")
+    starts = read(parser.parse_args().results)
+    print_left_out(starts, lambda case: case.task, "task")
+    print_left_out(starts, kind_of, "kind of starts")
 
 
 if __name__ == "__main__":

@@ -372,6 +372,7 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     trainer = watching(tmp_path, gradient_accumulation_steps=2)
     curve = lr_range_test(trainer, **SHORT)
     assert curve.steps == len(curve.rates) + 1
+    assert curve.batch_size == 2 * trainer.args.per_device_train_batch_size
     assert len(trainer.seen) == 2 * curve.steps
     assert [row[-1] for row in trainer.seen[:-2:2]] == pytest.approx(curve.rates)
 

@@ -50,7 +50,7 @@ def test_eight_times_the_steps_take_half_the_rate():
 
 @pytest.mark.parametrize(("sweeps", "share"), [(1, 3 / 5), (2, 3 / 7), (3, 1 / 3)])
 def test_the_usual_limit_counts_for_one_and_a_half_sweeps(sweeps, share):
-    """Of 20 classes, 0.5 * 2.9957 ** 0.75 / 228 / 5, a thousandth of the sweep's; weights 1, 2 or 3 to 3/2."""
+    """Of 20 classes, 2.9957 ** 0.75 * 4 / 8 / 228 / 5, a thousandth of the sweep's; weights 1, 2 or 3 to 3/2."""
     one = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),
         losses=(*[10.0] * 20, *[9.0] * 10, *[21.0] * 11),
@@ -58,19 +58,21 @@ def test_the_usual_limit_counts_for_one_and_a_half_sweeps(sweeps, share):
         training_steps=8_000,
         rate_norm=5.0,
     )
-    known = replace(one, width=228, classes=20, rates=tuple(rate / one.limit for rate in one.rates))
+    known = replace(one, width=228, classes=20, batch_size=16, rates=tuple(rate / one.limit for rate in one.rates))
     assert known.limit == pytest.approx(1)
     assert usual_limit(known) == pytest.approx(1e-3, rel=2e-3)
     both = replace(known, repeats=(known,) * (sweeps - 1))
     assert both.suggestion == pytest.approx(usual_limit(known) ** share * 3.96 / 20 / 5)
 
 
-def test_the_usual_limit_rises_with_the_loss_of_a_guess_and_is_that_of_a_classifier():
+def test_the_usual_limit_rises_with_the_loss_of_a_guess_and_the_root_of_the_batch_size():
     """150 classes have a loss of 5.01 where one guesses, two 0.693: (5.01 / 0.693) ** (3 / 4) is 4.41."""
-    few, many = (falling_curve(width=384, classes=classes) for classes in (2, 150))
-    assert usual_limit(many) / usual_limit(few) == pytest.approx(4.41, rel=1e-3)
-    for unknown in ({"width": 384}, {"classes": 2}):
-        assert usual_limit(falling_curve(**unknown)) is None
+    known = {"width": 384, "classes": 2, "batch_size": 8}
+    usual = usual_limit(falling_curve(**known))
+    assert usual_limit(falling_curve(**known | {"classes": 150})) / usual == pytest.approx(4.41, rel=1e-3)
+    assert usual_limit(falling_curve(**known | {"batch_size": 32})) / usual == pytest.approx(2)
+    for name in known:
+        assert usual_limit(falling_curve(**known | {name: None})) is None
 
 
 @pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])

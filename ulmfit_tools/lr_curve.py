@@ -64,6 +64,7 @@ class LRCurve:
             the head's; 1 for a head alone.
         width: The model's hidden size, where layers besides the head train, whole, with a kind of Adam; else None.
         classes: Between how many classes the model decides; None where its labels are numbers, or several for a row.
+        batch_size: Rows of an update, over all processes and accumulated batches.
         probes: What the confirmation tried; empty without one.
         repeats: Other sweeps over the same rates from the same start, on other batches. Every suggestion is the
             geometric mean over this sweep and them; they have no repeats and no probes of their own.
@@ -84,6 +85,7 @@ class LRCurve:
     rate_norm: float = 1.0
     width: int | None = None
     classes: int | None = None
+    batch_size: int | None = None
     probes: tuple[Probe, ...] = ()
     repeats: tuple["LRCurve", ...] = ()
 

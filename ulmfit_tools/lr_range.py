@@ -148,6 +148,7 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
         rate_norm=notes.rate_norm,
         width=notes.width,
         classes=notes.classes,
+        batch_size=notes.batch_size,
     )
 
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 # What a training endures of the sweep's limit, the most that even a short one does, and the share of the loss that a
 # sweep may take away without the training wanting less; see `endurance`.
 ENDURED, LENGTH_POWER, MOST_ENDURED, GAINED = 3.96, 1 / 3, 0.6, 0.15
-# The usual limit of a model one number wide that decides between e classes, how it rises with the loss of a guess, and
-# for how many sweeps it counts; see `usual_limit`.
-USUAL, CLASSES_POWER, USUAL_SWEEPS = 0.5, 3 / 4, 1.5
+# The usual limit of a model one number wide, for e classes and batches of one row; how it rises with the loss of a
+# guess; and for how many sweeps it counts. See `usual_limit`.
+USUAL, CLASSES_POWER, USUAL_SWEEPS = 1 / 8, 3 / 4, 1.5
 
 
 def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
@@ -74,14 +74,16 @@ def _drawn(curve: "LRCurve", sweeps: int) -> float:
 def usual_limit(curve: "LRCurve") -> float | None:
     """Where the limit lies on most data for such a model, such rates and so many classes; None if not known.
 
-    It is `0.5 * ln(classes) ** (3 / 4) / width / rate_norm`. Of networks in which Adam trains hidden layers the best
-    rate falls as one over their width (Yang et al. 2022, arXiv:2203.03466, table 3); that the layers add up is said in
+    It is `ln(classes) ** (3 / 4) * batch_size ** (1 / 2) / 8 / width / rate_norm`. Of networks in which Adam trains
+    hidden layers the best rate falls as one over their width (Yang et al. 2022, arXiv:2203.03466, table 3), and rises
+    as the root of the batch size (Malladi et al. 2022, arXiv:2205.10287); that the layers add up is said in
     `endurance`. The logarithm of the number of classes is the loss of a guess, so what there is to be learned in the
     steps that there are; and unlike the loss itself it does not depend on the loss's scale, as Adam does not.
     """
-    if curve.width is None or curve.classes is None:
+    if curve.width is None or curve.classes is None or curve.batch_size is None:
         return None
-    return USUAL * math.log(curve.classes) ** CLASSES_POWER / curve.width / curve.rate_norm
+    guess = math.log(curve.classes)
+    return USUAL * guess**CLASSES_POWER * math.sqrt(curve.batch_size) / curve.width / curve.rate_norm
 
 
 def steepest(curve: "LRCurve") -> float:

@@ -48,6 +48,7 @@ class LossNotes(TrainerCallback):
         self.rate_norm = 1.0
         self.width: int | None = None
         self.classes: int | None = None
+        self.batch_size: int | None = None
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
         """Watch a trainer, which then has a `training_step` of its own; `planned` is what it stands in for."""
@@ -77,7 +78,8 @@ class LossNotes(TrainerCallback):
         **_: Any,
     ) -> None:
         """Counts the steps of the planned training, and takes the evaluation loss before any update."""
-        self.training_steps = self._trainer.set_initial_training_values(self._planned, train_dataloader)[-1]
+        values = self._trainer.set_initial_training_values(self._planned, train_dataloader)
+        self.batch_size, self.training_steps = values[4], values[-1]
         if self.training_steps < 1:
             raise InputError(
                 "The range test looks for the rate of a training, and this one has no steps: raise num_train_epochs"

@@ -26,7 +26,7 @@ import lr_rules
 import numpy as np
 import torch
 from datasets import disable_progress_bars
-from lr_starts import LAYERS, MODEL, TASKS, Case, Tasks, make_trainer, mixed_cases
+from lr_starts import LAYERS, MODEL, TASKS, TRAIN_ROWS, Case, Tasks, make_trainer, mixed_cases
 from transformers.utils import logging as transformers_logging
 
 from ulmfit_tools.lr_curve import GRADES, LRCurve
@@ -87,7 +87,7 @@ def chosen_cases(options: argparse.Namespace) -> Iterator[Case]:
     for seed in options.seeds:
         for discriminative in (False, True):
             for task in options.tasks:
-                yield Case(task, seed, discriminative, options.trained_head, options.layers)
+                yield Case(task, seed, discriminative, options.trained_head, options.layers, options.train_rows)
 
 
 def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
@@ -211,6 +211,7 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     averaged_over_seeds = {case: mean_points(complete, case) for case in complete}
     start = "after a head trained alone" if options.trained_head else "with a new head"
     start = "drawn at random" if options.mixed else start + f", {options.layers} layers" * (options.layers != LAYERS)
+    start += f", {options.train_rows} rows" * (options.train_rows != TRAIN_ROWS)
     start += f", {Path(options.model).name}" * (options.model != MODEL)
     print(f"{len(complete)} starts (task, seed, discriminative or not) {start}\n")
     print("| rule | mean regret | worst | averaged: mean | worst | worst on | rates | steps |")
@@ -282,6 +283,7 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="only these")
     parser.add_argument("--trained_head", action="store_true", help="start from a head that was trained alone")
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first so many: another model")
+    parser.add_argument("--train_rows", type=int, default=TRAIN_ROWS)
     parser.add_argument("--model", default=MODEL, help="another model, a folder or a name on the Hub; see --layers")
     parser.add_argument("--mixed", type=int, metavar="N", help="instead of tasks and seeds: N starts drawn at random")
     parser.add_argument("--skip", type=int, default=0, help="so many of those drawn at random, from the first")

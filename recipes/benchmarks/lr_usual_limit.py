@@ -21,7 +21,7 @@ from ulmfit_tools import lr_readings
 from ulmfit_tools.lr_curve import LRCurve
 from ulmfit_tools.lr_readings import endurance
 
-USUAL = [0.3, 0.4, 0.5, 0.6, 0.8, 1.1, 1.4]
+USUAL = [0.075, 0.1, 0.125, 0.15, 0.2, 0.275, 0.35]
 CLASSES_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
 USUAL_SWEEPS = [0.5, 1, 1.5, 2]
 FEWEST_RATES = 5  # of a true curve

@@ -164,6 +164,13 @@ def test_the_best_probe_is_the_suggestion():
     assert falling_curve(probes=probes[2:]).suggestion == falling_curve().suggestion
 
 
+@pytest.mark.parametrize(("error", "best"), [(0.021, 2e-4), (0.019, 4e-4)])
+def test_a_probe_that_only_chance_makes_better_is_not_the_suggestion(error, best):
+    """It is 0.04 better, two standard errors of 0.02."""
+    probes = (Probe(rate=2e-4, peak=6e-4, loss=0.4), Probe(rate=4e-4, peak=1e-3, loss=0.36, error=error))
+    assert falling_curve(probes=probes).suggestion == best
+
+
 @pytest.mark.parametrize("loss", [falls_and_rises, lambda rate: 1 + rate, lambda rate: 1.7])
 def test_a_rate_with_no_other_near_it_has_a_standard_error(loss):
     """A linear sweep from 1e-7 on: the second rate is a million times the first."""

@@ -599,7 +599,7 @@ def test_confirmation_says_its_cost_first_and_takes_it(tmp_path, caplog):
     assert [probe.rate for probe in curve.probes] == pytest.approx(
         [factor * curve.probes[1].rate for factor in (0.25, 1, 4)]
     )
-    assert curve.suggestion == min(curve.probes, key=lambda probe: probe.loss).rate
+    assert curve.suggestion == min(curve.probes, key=lambda probe: probe.loss + 2 * probe.error).rate
 
 
 def test_probes_stand_for_a_longer_training(tmp_path):
@@ -618,6 +618,24 @@ def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypat
     monkeypatch.setattr(lr_range, "rehearse", lambda *args: notes.append(rehearse(*args)) or notes[-1])
     lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
     assert len({note.losses[0] for note in notes}) == 1, "with dropout on"
+
+
+def test_probes_differ_by_a_standard_error_batch_by_batch(tmp_path, monkeypatch):
+    """Of 8 steps the last quarter are two: differences of a and b have the standard error |a - b| / 2."""
+    notes = []
+    rehearse = lr_range.rehearse
+    monkeypatch.setattr(lr_range, "rehearse", lambda *args: notes.append(rehearse(*args)) or notes[-1])
+    curve = lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
+    ends = [note.losses[-2:] for note in notes[1:]]
+    differences = [(end[0] - ends[1][0], end[1] - ends[1][1]) for end in ends]
+    assert [probe.error for probe in curve.probes] == pytest.approx([abs(a - b) / 2 for a, b in differences])
+    assert [probe.loss for probe in curve.probes] == pytest.approx([sum(end) / 2 for end in ends])
+
+
+def test_a_probe_without_numbers_differs_by_none():
+    assert lr_range._error_of_mean(np.array([math.nan])) == 0
+    assert lr_range._error_of_mean(np.array([0.1, math.nan])) == 0
+    assert lr_range._error_of_mean(np.array([1.0, 2.0, 3.0])) == pytest.approx(1 / math.sqrt(3))
 
 
 @pytest.mark.parametrize("clipped", [True, False])

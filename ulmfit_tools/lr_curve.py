@@ -39,11 +39,14 @@ class Probe:
         rate: The rate that the probe stands for in the planned training.
         peak: The highest rate of the probe itself, which is shorter than that training and so can bear more.
         loss: Its mean loss over the last quarter of its steps; None where it was not a number.
+        error: The standard error of what the loss differs by from that of the probe at the suggestion, over the same
+            batches; 0 for that probe itself.
     """
 
     rate: float
     peak: float
     loss: float | None
+    error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +233,8 @@ class LRCurve:
 
     @cached_property
     def suggestion(self) -> float:
-        """The default: the best of the probes, or where there are none, `endurance`."""
-        tried = [(probe.loss, probe.rate) for probe in self.probes if probe.loss is not None]
+        """The default: the best of the probes, by more than chance, or where there are none, `endurance`."""
+        tried = [(probe.loss + CLEAR * probe.error, probe.rate) for probe in self.probes if probe.loss is not None]
         return min(tried)[1] if tried else self._mean(partial(endurance, sweeps=len(self._telling)))
 
     @property

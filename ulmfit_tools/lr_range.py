@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
@@ -82,9 +83,10 @@ def lr_range_test(
             a loader of one's own may give the same ones each time. None takes two where the training is at least as
             long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
-            the same start, and suggest the best of them. It is for a suggestion that may be far off, as on a noisy
-            curve. One that is about right it mostly leaves alone, but a short run likes a higher rate than a long one
-            (recipes/benchmarks has figures). How many steps this costs is logged before it begins.
+            the same start, and suggest the best of them: another than the first suggestion where its loss is lower by
+            more than two standard errors of the difference, batch by batch. It is for a suggestion that may be far
+            off, as on a noisy curve. One that is about right it mostly leaves alone, but a short run likes a higher
+            rate than a long one (recipes/benchmarks has figures). What this costs is logged before it begins.
         offload_folder: Keep the copy of the trainable weights, and the state of an optimizer that has trained before,
             in temporary files in this folder; by default they are in the host's memory.
 
@@ -226,19 +228,33 @@ def _confirmed(
         f"{len(PROBE_FACTORS) * steps} more than the {curve.steps} of the sweep."
     )
     shape = [min((step + 1) / (steps / 10), (steps - step) / (steps * 0.9), 1.0) for step in range(steps)]
-    probes, taken = [], curve.steps
+    longer = max(curve.training_steps / steps, 1.0) ** LENGTH_POWER
+    ends, taken = {}, curve.steps
     for factor in PROBE_FACTORS:
         rewind()
         rate = curve.suggestion * factor
-        peak = rate * max(curve.training_steps / steps, 1.0) ** LENGTH_POWER
+        peak = rate * longer
         with _progress(trainer, f"Probe of {rate:.1e}", steps) as bar:
             rates = [peak * share for share in shape]
             notes = rehearse(trainer, optimizer, LossNotes(rates, eval_batches, lambda losses: False, bar.update))
-        last = notes.losses[-(steps // 4) :]
-        loss = sum(last) / len(last) if notes.stopped == "end" else None
-        probes.append(Probe(rate=rate, peak=peak, loss=loss))
+        ends[rate] = np.array(notes.losses[-(steps // 4) :] if notes.stopped == "end" else [math.nan])
         taken += notes.updates
+    probes = [
+        Probe(
+            rate=rate,
+            peak=rate * longer,
+            loss=None if np.isnan(end).any() else float(end.mean()),
+            error=_error_of_mean(end - ends[curve.suggestion]),
+        )
+        for rate, end in ends.items()
+    ]
     return replace(curve, probes=tuple(probes), steps=taken)
+
+
+def _error_of_mean(differences: np.ndarray) -> float:
+    """The standard error of their mean; 0 where there are too few, or some are not numbers."""
+    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return error if math.isfinite(error) else 0.0
 
 
 def sweep_rates(start_lr: float, end_lr: float, num_steps: int, mode: str) -> list[float]:

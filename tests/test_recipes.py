@@ -121,7 +121,7 @@ def test_lr_usual_limit_benchmark(tmp_path):
     chosen, ours, without = (float(by_task[place]) for place in (3, 5, 6))
     assert ours < chosen < without
     (new_head,) = [row for row in rows if row[1:2] == ["new head"]]
-    assert new_head[2] == "16"
+    assert int(new_head[2]) >= 16
 
 
 def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):

@@ -612,19 +612,23 @@ def test_probes_stand_for_a_longer_training(tmp_path):
     assert peaks == pytest.approx([probe.peak for probe in curve.probes], rel=0.06)
 
 
-def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypatch):
+def rehearsals(monkeypatch):
+    """The notes of each sweep and probe from here on."""
     notes = []
     rehearse = lr_range.rehearse
     monkeypatch.setattr(lr_range, "rehearse", lambda *args: notes.append(rehearse(*args)) or notes[-1])
+    return notes
+
+
+def test_all_probes_see_the_same_batches_from_the_same_start(tmp_path, monkeypatch):
+    notes = rehearsals(monkeypatch)
     lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
     assert len({note.losses[0] for note in notes}) == 1, "with dropout on"
 
 
 def test_probes_differ_by_a_standard_error_batch_by_batch(tmp_path, monkeypatch):
     """Of 8 steps the last quarter are two: differences of a and b have the standard error |a - b| / 2."""
-    notes = []
-    rehearse = lr_range.rehearse
-    monkeypatch.setattr(lr_range, "rehearse", lambda *args: notes.append(rehearse(*args)) or notes[-1])
+    notes = rehearsals(monkeypatch)
     curve = lr_range_test(make_trainer(tmp_path), confirm=True, **SHORT)
     ends = [note.losses[-2:] for note in notes[1:]]
     differences = [(end[0] - ends[1][0], end[1] - ends[1][1]) for end in ends]

@@ -141,3 +141,34 @@ def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):
         "classifier",
     }
     assert all(torch.equal(value, weights[2][name]) for name, value in weights[1].items())
+
+
+def test_lr_suggestions_on_a_csv_file(model, tmp_path, monkeypatch):
+    """A file of one's own is a task: its rows that are not drawn for training are held out."""
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    recipe = importlib.import_module("lr_starts")
+    rows = [f"row number {row},{'even' if row % 2 == 0 else 'odd'}" for row in range(40)]
+    (tmp_path / "parity.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    tasks = recipe.Tasks(tmp_path, bf16=False, held_out_rows=100, model=model)
+    train, held_out, names = tasks.load(recipe.Case("parity.csv", 0, False, train_rows=10))
+    assert names == ["even", "odd"]
+    assert sorted(train["labels"][:]) == [0] * 5 + [1] * 5
+    assert len(held_out) == 30
+
+
+def test_rates_beside_the_best(tmp_path, monkeypatch):
+    """Half-way, by the logarithm, to both neighbours of the best; and to those of a new best."""
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    recipe, starts = importlib.import_module("lr_suggestions"), importlib.import_module("lr_starts")
+    results, case = recipe.Results(tmp_path / "results.jsonl"), starts.Case("trec", 0, False)
+
+    def measured(rate, accuracy):
+        results.add(case.key("curve", rate=rate) | {"accuracy": accuracy})
+        return recipe.rate_beside(results, case)
+
+    assert measured(1e-4, 0.8) is None  # the best of one has no neighbours
+    assert measured(4e-4, 0.9) == 2e-4
+    assert measured(8e-4, 0.7) == 2e-4
+    assert measured(2e-4, 0.85) == 2.83e-4  # sqrt(2) * 2
+    assert measured(2.83e-4, 0.91) is None  # 2.83 / 2 and 4 / 2.83 are below 1.5
+    assert measured(5.66e-4, 0.92) is None

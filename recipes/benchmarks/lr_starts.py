@@ -76,7 +76,7 @@ class Tasks:
     def load(self, case: Case) -> tuple[Any, Any, list[str]]:
         """Training rows (drawn by the case's seed), held-out ones (of all the others), the names of the classes."""
         if case.task not in self._loaded:
-            settings = dict(TASKS[case.task])
+            settings = dict(TASKS.get(case.task, {"source": case.task}))
             source, every, classes = settings.pop("source"), settings.pop("every", 1), settings.pop("classes", None)
             local = source if source == "stdlib-docs" else str(self.data_folder / source)
             data = load_text_classification(local, **settings)

@@ -98,13 +98,17 @@ def run_curves(results: Results, tasks: Tasks, options: argparse.Namespace) -> N
                 run_one(results, tasks, case, rate)
             while (rate := rate_beyond(results, case)) is not None:
                 run_one(results, tasks, case, rate)
-        return
-    for seed in options.seeds:
-        for discriminative in (False, True):
-            for rate in options.rates:
-                for case in cases(options):
-                    if (case.seed, case.discriminative) == (seed, discriminative):
-                        run_one(results, tasks, case, rate)
+    else:
+        for seed in options.seeds:
+            for discriminative in (False, True):
+                for rate in options.rates:
+                    for case in cases(options):
+                        if (case.seed, case.discriminative) == (seed, discriminative):
+                            run_one(results, tasks, case, rate)
+    if options.refine:
+        for case in cases(options):
+            while (rate := rate_beside(results, case)) is not None:
+                run_one(results, tasks, case, rate)
 
 
 def run_one(results: Results, tasks: Tasks, case: Case, rate: float) -> None:
@@ -139,6 +143,20 @@ def rate_beyond(results: Results, case: Case) -> float | None:
     if best == max(points) and best < 1e-2:
         return 2 * best
     return best / 2 if best == min(points) and best > 1e-5 else None
+
+
+def rate_beside(results: Results, case: Case) -> float | None:
+    """Half-way from the best rate so far to a neighbour that is more than a factor of 1.5 away.
+
+    A straight line between two rates of a curve with a sharp top lies points below it.
+    """
+    points = {line["rate"]: line["accuracy"] for line in results.find(**case.key("curve"))}
+    rates = sorted(points)
+    best = rates.index(max(rates, key=points.__getitem__))
+    for low, high in itertools.pairwise(rates[max(best - 1, 0) : best + 2]):
+        if high / low > 1.5:
+            return float(f"{math.sqrt(low * high):.3g}")
+    return None
 
 
 def run_sweeps(results: Results, tasks: Tasks, options: argparse.Namespace) -> None:
@@ -277,11 +295,12 @@ def main() -> None:
     parser.add_argument("command", choices=["curves", "sweeps", "table"])
     parser.add_argument("--results", type=Path, default=Path("runs/lr_suggestions.jsonl"))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ULMFIT_TOOLS_DATA", "../shared/data")))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=MADE_ON)
+    parser.add_argument("--tasks", nargs="+", default=MADE_ON, help=f"{', '.join(TASKS)}, or a CSV file in --data")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="for the table: at least these")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="only these")
     parser.add_argument("--trained_head", action="store_true", help="start from a head that was trained alone")
+    parser.add_argument("--refine", action="store_true", help="curves: also half-way to the neighbours of the best")
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first so many: another model")
     parser.add_argument("--train_rows", type=int, default=TRAIN_ROWS)
     parser.add_argument("--model", default=MODEL, help="another model, a folder or a name on the Hub; see --layers")

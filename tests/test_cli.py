@@ -69,7 +69,7 @@ def test_evaluate_agrees_with_the_run(trained, data, capsys, tmp_path):
     assert scores["metrics"] == {key: recorded[key] for key in scores["metrics"]}
     flags = ["evaluate", "--model", "no/model", "--dataset", data, "--json"]  # said before anything is loaded
     assert "exists already" in refused(capsys, *flags, tmp_path / "e.json")
-    assert "is not a folder" in refused(capsys, *flags, tmp_path / "nowhere" / "e.json")
+    assert "its folder" in refused(capsys, *flags, tmp_path / "nowhere" / "e.json")
 
 
 def test_predict_text_file_and_output(trained, tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_predict_text_file_and_output(trained, tmp_path, capsys):
     assert [row.split(",")[0] for row in rows[1:]] == [text for text, _ in colour_texts(5)]
     assert "exists already" in refused(capsys, "predict", "--model", trained, "--file", texts, "--output", output)
     nowhere = tmp_path / "nowhere" / "labels.csv"
-    assert "is not a folder" in refused(capsys, "predict", "--model", "no/model", "--file", texts, "--output", nowhere)
+    assert "its folder" in refused(capsys, "predict", "--model", "no/model", "--file", texts, "--output", nowhere)
 
 
 def test_predict_reads_the_columns_of_the_run(model, tmp_path, capsys):
@@ -173,8 +173,15 @@ def test_lr_find_splits_as_it_is_told(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plot", "no/such/curve.png"], "no/such is not a folder"),
-        (["--json", "no/such/curve.json"], "no/such is not a folder"),
+        (["--plot", "no/such/curve.png"], "No such file.*its folder, no/such, must exist"),
+        (["--json", "no/such/curve.json"], "No such file.*its folder, no/such, must exist"),
+        (["--json", "/proc/curve.json"], "/proc/curve.json cannot be written"),
+        (["--json", f"{'x' * 300}.json"], "cannot be written .File name too long"),
+        (["--gradient_accumulation_steps", "0"], "at least 1. Received: 0"),
+        (["--gradient_accumulation_steps", "-1"], "at least 1. Received: -1"),
+        (["--seed", "-1"], "--seed is at least 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be positive"),
         (["--plot", "curve.xyz"], ".png, .ps.*Received: curve.xyz"),
         (["--plot", "curve"], ".png, .ps.*Received: curve"),
         (["--lr_scheduler_kwargs", '{"peak": 1}'], "peak"),
@@ -200,8 +207,11 @@ def test_lr_find_says_that_matplotlib_is_missing_before_it_loads(capsys, monkeyp
 
 
 def test_lr_find_of_no_training_is_refused(model, data, capsys):
-    flags = ["--model", model, "--dataset", data, "--num_train_epochs", "0", *QUICK[:3]]
-    assert "Received: num_train_epochs=0" in refused(capsys, "lr-find", *flags)
+    flags = ["--model", model, "--dataset", data, *QUICK[:3]]
+    assert "--num_train_epochs must be positive. Received: 0" in refused(
+        capsys, "lr-find", *flags, "--num_train_epochs", "0"
+    )
+    assert "Invalid beta parameter" in refused(capsys, "lr-find", *flags, "--adam_beta1", "2")
 
 
 def interrupted(argv):

@@ -57,6 +57,13 @@ def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
     assert curve.limit == curve.back / 4
 
 
+def test_no_more_than_the_whole_loss_is_gained():
+    """A loss that begins near 0 and may be negative, as a log-density, falls by many times its first value."""
+    curve = curve_of(lambda rate: falls_and_rises(rate) - 1.99, start_loss=0.01)
+    assert curve.fall > 10 * curve.level > 0
+    assert curve.gain == 1
+
+
 def test_the_loss_need_not_come_back():
     assert curve_of(lambda rate: 2 - 1.5 / (1 + 1e-4 / rate), stopped="end").back == RATES[-1]
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from types import MethodType
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
 from tiny_text import tiny_tokenizer
-from transformers import Adafactor, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch import nn
+from transformers import Adafactor, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ulmfit_tools import lr_range, rehearsal
 from ulmfit_tools.data.augmentation import Augmentation, augmented
@@ -41,7 +43,7 @@ SHORT = {"num_steps": 24, "start_lr": 1e-5, "end_lr": 1e-1}
 
 def make_trainer(folder, kind=Trainer, model=None, trainer=None, **settings):
     """A trainer over ragged rows and a model with dropout; the same call gives the same trainer."""
-    arguments = dict(KINDS)[kind]
+    arguments = ULMFiTTrainingArguments if issubclass(kind, ULMFiTTrainer) else TrainingArguments
     trainer = dict(trainer or {})
     set_seed(0)
     model = tiny_bert() if model is None and "model_init" not in trainer else model
@@ -386,6 +388,72 @@ def test_the_loss_of_an_update_is_the_mean_over_its_batches(kind, tmp_path):
     one = float(trainer.evaluate()["eval_loss"])  # of a head that knows nothing yet
     curve = lr_range_test(trainer, num_steps=24, start_lr=1e-9, end_lr=1e-8)
     assert curve.losses == pytest.approx([one] * 23, rel=0.1)
+
+
+class Counting(Trainer):
+    """A loss that is divided by the items of the update, as it may be told."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        loss = nn.functional.cross_entropy(model(**inputs).logits, labels, reduction="sum")
+        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+class Averaging(Counting):
+    """A loss that takes the number and is a mean over the batch all the same."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaled"), [(Counting, None), (Counting, True), (Averaging, None), (Averaging, False)]
+)
+def test_the_loss_of_an_update_where_the_loss_is_ones_own(kind, scaled, tmp_path):
+    """Whether it counts the items or not, and whether Trainer was told or not; 80 rows make updates of 4, 4 and 2."""
+    kind = type("Own", (kind,), {"loss_is_scaled_for_ga": scaled})
+    trainer = make_trainer(
+        tmp_path, kind, trainer={"train_dataset": ragged_rows(80)}, gradient_accumulation_steps=4, num_train_epochs=20
+    )
+    curve = lr_range_test(trainer, num_steps=24, start_lr=1e-9, end_lr=1e-8)
+    assert curve.losses == pytest.approx([math.log(3)] * 23, rel=0.15)  # of a head that knows nothing yet
+
+
+def test_smoothed_labels_over_accumulated_batches(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        Trainer,
+        trainer={"train_dataset": ragged_rows(80)},
+        gradient_accumulation_steps=4,
+        num_train_epochs=20,
+        label_smoothing_factor=0.1,
+    )
+    curve = lr_range_test(trainer, num_steps=24, start_lr=1e-9, end_lr=1e-8)
+    assert curve.losses == pytest.approx([math.log(3)] * 23, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [Trainer, ULMFiTTrainer])
+def test_a_method_put_onto_the_trainer(kind, tmp_path):
+    """It is bound to the trainer, and the steps are those of a copy."""
+    of_whom = []
+
+    def training_step(self, *given):
+        of_whom.append(self)
+        return type(self).training_step(self, *given)
+
+    trainer = make_trainer(tmp_path, kind)
+    trainer.training_step = MethodType(training_step, trainer)
+    expected = lr_range_test(make_trainer(tmp_path, kind), **SHORT)
+    assert lr_range_test(trainer, **SHORT).losses == expected.losses
+    assert trainer not in of_whom
+    assert trainer.training_step.__self__ is trainer
+
+
+def test_a_language_models_words_are_no_classes(tmp_path):
+    model = BertForMaskedLM(tiny_bert().config)
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in token_rows(64)]
+    trainer = make_trainer(tmp_path, Trainer, model=model, trainer={"train_dataset": rows, "data_collator": None})
+    assert lr_range_test(trainer, **SHORT).classes is None
 
 
 def test_settings_of_accelerate_that_trainer_has_changed(tmp_path):

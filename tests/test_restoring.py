@@ -257,6 +257,81 @@ def test_generators_that_nothing_leads_to_are_put_back():
     assert draw() == twin()
 
 
+GENERATOR = torch.Generator().manual_seed(1)
+
+
+def test_a_generator_of_torch_in_a_variable_of_a_module_is_put_back():
+    with unchanged(nn.Linear(1, 1)):
+        first = torch.rand(1, generator=GENERATOR)
+    assert torch.equal(torch.rand(1, generator=GENERATOR), first)
+
+
+class LearnedLoss(nn.Module):
+    """A loss with weights of its own, an average of what it sees, a counter and the model, as some libraries' have."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.weights = nn.Parameter(torch.ones(2))
+        self.register_buffer("average", torch.zeros(2))
+        self.calls = 0
+
+    def forward(self, inputs):
+        outputs = self.model(inputs) * self.weights
+        self.average = 0.9 * self.average + 0.1 * outputs.detach().mean(0)
+        self.calls += 1
+        return outputs
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_module_that_a_holder_has_is_put_back(on_disk, tmp_path):
+    model = WithBuffers()
+    loss = LearnedLoss(model)
+    before = snapshot(loss)
+    with unchanged(model, holders=[Box(losses=[loss])], offload_folder=tmp_path if on_disk else None) as rewind:
+        torch.manual_seed(0)
+        train(loss)
+        first = snapshot(loss)
+        rewind()
+        assert same(snapshot(loss), before)
+        torch.manual_seed(0)
+        train(loss)
+        assert same(snapshot(loss), first)
+        assert loss.calls == 3
+    assert same(snapshot(loss), before)
+    assert not same(first, before)
+    assert loss.calls == 0
+    assert loss.weights.grad is None
+
+
+def test_weights_that_an_optimizer_alone_knows_are_put_back():
+    """As those of a loss in a variable, which nothing leads to."""
+    loss = LearnedLoss(WithBuffers())
+    with unchanged(loss.model):
+        train(loss)
+        assert not torch.equal(loss.weights, torch.ones(2))
+    assert torch.equal(loss.weights, torch.ones(2))
+
+
+def test_frozen_weights_that_change_by_other_means_are_told(caplog):
+    """As those of an average that no optimizer trains: there is no copy of what is frozen."""
+    model = WithBuffers()
+    with unchanged(model):
+        train(model)
+    assert not caplog.records
+    average = nn.Linear(3, 2).requires_grad_(False)
+    with unchanged(model, holders=[Box(average=average)]), torch.no_grad():
+        average.weight.mul_(0.5)
+    assert "1 frozen parameters were changed" in caplog.text
+
+
+def test_what_is_around_the_model_is_left_alone():
+    """DDP and compiled models look after themselves; what they hold is the model's."""
+    model = WithBuffers()
+    around = nn.Sequential(model)
+    assert [value for value in _held(model, [Box(wrapped=around)]) if value is around] == []
+
+
 class OwnRandom(random.Random):
     """A generator of another class than the library's."""
 
@@ -416,4 +491,4 @@ def test_what_refuses_to_be_changed_is_left_alone():
 def test_rows_are_not_looked_at_one_by_one():
     """A list of a million rows costs a copy of the list; a row that changes is the dataset's own business."""
     rows = [Box(seen=0) for _ in range(100)]
-    assert len(_held([Box(rows=rows)])) == 2
+    assert len(_held(nn.Linear(1, 1), [Box(rows=rows)])) == 3  # the model, the box and the list

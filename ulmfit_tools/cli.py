@@ -7,7 +7,6 @@ exits with 128 + the signal's number, as shells expect.
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +129,8 @@ def _range_trainer(
 
     from ulmfit_tools.data import ensure_padding, load_model_and_tokenizer, load_text_classification, tokenize
     from ulmfit_tools.reporting.tables import print_data
-    from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments
+    from ulmfit_tools.trainer import ULMFiTTrainer, ULMFiTTrainingArguments, try_arguments
+    from ulmfit_tools.training_args import check_values
 
     idle = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     idle |= {"push_to_hub": False, "report_to": "none"}
@@ -139,6 +139,7 @@ def _range_trainer(
         args = ULMFiTTrainingArguments(**{**every, **training, **idle, "output_dir": folder})
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(f"lr-find, training arguments: {' '.join(str(error).split())}") from None
+    check_values(args)
     args.dataloader_pin_memory &= args.device.type != "cpu"
     data = load_text_classification(
         data_flags.dataset,
@@ -153,6 +154,7 @@ def _range_trainer(
     model, tokenizer = load_model_and_tokenizer(
         model_flags.model, label_names=data.label_names, trust_remote_code=model_flags.trust_remote_code
     )
+    try_arguments(model, args)
     ensure_padding(tokenizer, model)
     splits = tokenize(data, tokenizer, max_length=data_flags.max_length, config=model.config)
     return ULMFiTTrainer(
@@ -167,11 +169,18 @@ def _range_trainer(
 
 def _check_new_file(path: str) -> None:
     """Said before the work and not after it: that a file cannot be written."""
-    if Path(path).exists():
-        raise InputError(f"{path} exists already: choose another file, nothing was written")
-    folder = Path(path).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{path} cannot be written: {folder} is not a folder that may be written to. Make it first")
+    from tempfile import TemporaryFile
+
+    try:
+        if Path(path).exists():
+            raise InputError(f"{path} exists already: choose another file, nothing was written")
+        with TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        folder = Path(path).parent
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): its folder, {folder}, must exist and allow it"
+        ) from None
 
 
 def _check_picture(path: str) -> None:

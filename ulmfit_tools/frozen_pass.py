@@ -33,7 +33,6 @@ from ulmfit_tools.replay_check import (
     batches_are_read,
     check_replay,
     in_eval_mode,
-    own_random_numbers,
     read_positions,
     rounding_error,
     same_vectors,
@@ -41,6 +40,7 @@ from ulmfit_tools.replay_check import (
     seconds_saved,
     tried,
 )
+from ulmfit_tools.restoring import own_random_numbers
 from ulmfit_tools.row_source import Batch, Source, a_few, content_key, slices
 
 logger = logging.getLogger(__name__)

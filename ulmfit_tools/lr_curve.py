@@ -156,8 +156,8 @@ class LRCurve:
 
     @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep takes away."""
-        return self.fall / abs(self.level) if self.level else 0.0
+        """The share of the loss that the sweep takes away; at most 1, also of a loss that may be negative."""
+        return min(self.fall / abs(self.level), 1.0) if self.level else 0.0
 
     @cached_property
     def clearness(self) -> float:

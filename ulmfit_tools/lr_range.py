@@ -66,6 +66,9 @@ def lr_range_test(
     A loss belongs to the rate of the update before it. The test ends early when the loss has diverged. It runs with
     the layers that are trainable now and without the trainer's callbacks; nothing is logged, evaluated or saved.
 
+    What it puts back, and the little that it cannot, as numbers in a trainer's own tensors that are no parameters and
+    no buffers, is listed in `restoring.unchanged`.
+
     In a distributed run all processes must call it. The loss is averaged over them, so they decide alike.
 
     Args:

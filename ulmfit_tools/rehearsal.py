@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.layers import layer_groups
-from ulmfit_tools.losses import loss_counts_items
+from ulmfit_tools.restoring import own_random_numbers
 
 
 class LossNotes(TrainerCallback):
@@ -55,15 +56,18 @@ class LossNotes(TrainerCallback):
         self._trainer = trainer
         self._planned = planned
         self._train_losses: list[torch.Tensor] = []
+        self._is_mean: bool | None = None
         trainer_step = trainer.training_step
-        model: Any = trainer.model
-        # A plain Trainer takes every loss for a share of the update's that has a `**kwargs`, also the mean of a batch.
-        means = trainer.model_accepts_loss_kwargs and not (trainer.compute_loss_func or loss_counts_items(model))
 
         def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            batches = trainer.current_gradient_accumulation_steps
+            # Where it is told how many items an update has, a plain Trainer takes every loss for a share of the
+            # update's, also the mean of a batch; unless it is told which of them it is.
+            if self._is_mean is None and batches > 1:
+                taken_for_share = num_items_in_batch is not None and trainer.loss_is_scaled_for_ga is None
+                self._is_mean = taken_for_share and not _is_share(trainer, model, inputs, num_items_in_batch)
             loss = trainer_step(model, inputs, num_items_in_batch)
-            whole = means and num_items_in_batch is not None
-            self._train_losses.append(loss / trainer.current_gradient_accumulation_steps if whole else loss)
+            self._train_losses.append(loss / batches if self._is_mean else loss)
             return loss
 
         trainer.training_step = training_step  # type: ignore[method-assign]
@@ -139,6 +143,21 @@ class LossNotes(TrainerCallback):
             self.stopped, control.should_training_stop = "diverged", True
 
 
+def _is_share(trainer: Trainer, model: nn.Module, inputs: Any, items: Any) -> bool:
+    """Whether the loss of a batch is divided by the number of items in all batches of its update.
+
+    No signature tells: classifiers of transformers, and many an overridden `compute_loss`, take the number and leave
+    it. So the batch is looked at twice, with the number and with its double.
+    """
+    losses = []
+    for number in (items, 2 * items):
+        batch = trainer._prepare_inputs(dict(inputs))  # a loss may take the labels out of it
+        with own_random_numbers(trainer.args.device), torch.no_grad(), trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(model, batch, num_items_in_batch=number)
+        losses.append(abs(loss.mean().item()))
+    return losses[1] < 0.75 * losses[0]
+
+
 def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, order: int = 0) -> LossNotes:
     """Train a shallow copy of a trainer, at the rates of the notes and in all else as the trainer would.
 
@@ -156,6 +175,9 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
         The notes.
     """
     rehearsal: Any = copy.copy(trainer)
+    for name, value in vars(trainer).items():  # a method that was put onto the trainer itself is bound to it
+        if isinstance(value, MethodType) and value.__self__ is trainer:
+            setattr(rehearsal, name, MethodType(value.__func__, rehearsal))
     rehearsal.args = _quiet(trainer.args, len(notes.rates))
     if order:
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
@@ -306,9 +328,12 @@ def trained_width(trainer: Trainer, optimizer: Optimizer) -> int | None:
 
 
 def class_count(trainer: Trainer) -> int | None:
-    """Between how many classes the model decides; None where its labels are numbers, or several for each row."""
-    config: Any = getattr(trainer.model, "config", None)
+    """Between how many classes the model decides; None where its labels are numbers, words, or several for a row."""
+    model: Any = trainer.model
+    config: Any = getattr(model, "config", None)
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+        return None
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:  # a language model
         return None
     classes = getattr(config, "num_labels", 1)
     return classes if classes > 1 else None

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ulmfit_tools.freeze_boundary import Batch, Boundary, CannotPrecompute, Replay, capturing
+from ulmfit_tools.restoring import own_random_numbers
 
 # Of the largest value: sums in another order differ by far less, another input by far more.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -208,10 +209,3 @@ def as_in_training(model: nn.Module, device: torch.device) -> Iterator[None]:
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
-
-
-@contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers of torch, after which it goes on as if it had drawn none."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

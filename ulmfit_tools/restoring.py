@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import logging
 import random
 import signal
 import sys
@@ -17,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import GradientState
+from accelerate.state import GradientState, PartialState
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 Restore = Callable[[], Any]
 
@@ -41,30 +44,34 @@ def unchanged(
     That is: the values of buffers and of parameters that are trainable, or are thawed before a step of an optimizer
     changes them; gradients, `requires_grad`, modes, hooks and any other attribute of the modules; an optimizer's
     state, rates and schedule; the random numbers of Python, NumPy and torch on every device, and those of every
-    generator of Python and NumPy in this process. Of the weights that train there is one copy; of frozen ones there is
-    none. An optimizer's state waits where that copy is, not on its device. An interrupt (Ctrl-C) that comes while
-    things are put back waits for it.
+    generator of Python and NumPy, and of torch in a variable of a module of Python, in this process. Of the weights
+    that train there is one copy; of frozen ones there is none, and a warning if anything else than an optimizer has
+    changed them. An optimizer's state waits where that copy is, not on its device. An interrupt (Ctrl-C) that comes
+    while things are put back waits for it.
 
     Args:
         model: The model as it is inside DDP and other wrappers.
         optimizer: An optimizer that exists already, with those inside it. In the block they start without state, as
             new ones do.
         holders: Objects that are put back too, as a trainer with its collator and its datasets, with the Python
-            objects that they hold in turn, as the modules' own helpers are: their attributes, random generators,
-            lists, dictionaries and sets. Not put back are numbers that change inside a tensor or an array, attributes
-            in `__slots__`, iterators, how often a NumPy generator has spawned others, torch's generators in containers
-            of more than 32 elements, other modules and optimizers, data loaders themselves, and callbacks.
+            objects and modules that they hold in turn, as the modules' own helpers are: their attributes, random
+            generators, lists, dictionaries and sets. Not put back are numbers that change inside a tensor or an array
+            which is no parameter and no buffer, attributes in `__slots__`, iterators, how often a NumPy generator has
+            spawned others, modules and torch's generators in containers of more than 32 elements, other optimizers,
+            data loaders themselves, and callbacks.
         offload_folder: Keep the copy, and the optimizer's state, in temporary files in this folder; by default they
             are in the host's memory.
 
     Yields:
         A function that goes back to the beginning at once, for another run inside the same block.
     """
-    helpers = (value for module in model.modules() for value in vars(module).values() if _is_plain(value))
-    held = _held([*holders, *helpers])
+    held = _held(model, holders)
+    modules = [each for each in held if isinstance(each, nn.Module)]
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters(recurse=False)}
+    buffers = {id(buffer): buffer for module in modules for buffer in module.buffers(recurse=False)}
     optimizers = [] if optimizer is None else _with_inner(optimizer)
     restores = [_random_numbers(), _gradient_sync(), *map(_in_place, held), *map(_attributes, filter(_is_plain, held))]
-    restores += [_modules(model), _gradients(model), *map(_optimizer, optimizers)]
+    restores += [_settings(model, parameters.values()), *map(_optimizer, optimizers)]
 
     def forget() -> None:
         for one in optimizers:
@@ -75,7 +82,7 @@ def unchanged(
             restore()
         forget()
 
-    with _tensors(model, offload_folder) as restore_tensors, ExitStack() as at_end:
+    with _tensors(parameters, buffers, offload_folder) as restore_tensors, ExitStack() as at_end:
         restores.append(restore_tensors)
         for restore in restores:  # on a stack, so that each has its turn also when another one raises
             at_end.callback(restore)
@@ -117,30 +124,45 @@ def _copies(tensors: dict[Any, torch.Tensor], offload_folder: str | Path | None)
 
 
 @contextmanager
-def _tensors(model: nn.Module, offload_folder: str | Path | None) -> Iterator[Restore]:
-    parameters = dict(model.named_parameters())
-    tensors: dict[str, torch.Tensor] = {}
-    saved: dict[str, torch.Tensor] = {}
+def _tensors(
+    parameters: dict[int, nn.Parameter], buffers: dict[int, torch.Tensor], offload_folder: str | Path | None
+) -> Iterator[Restore]:
+    tensors: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
     with ExitStack() as stack:
 
-        def keep(new: dict[str, torch.Tensor]) -> None:
+        def keep(new: dict[int, torch.Tensor]) -> None:
             if new:
                 saved.update(stack.enter_context(_copies(new, offload_folder)))
                 tensors.update(new)
 
-        def trainable() -> dict[str, torch.Tensor]:
-            return {name: one for name, one in parameters.items() if one.requires_grad and name not in tensors}
+        def trainable(those: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
+            return {id(one): one for one in those if one.requires_grad and id(one) not in tensors}
 
-        keep(trainable() | dict(model.named_buffers()))
-        # A trainer's own step may thaw layers.
-        stack.callback(register_optimizer_step_pre_hook(lambda *_: keep(trainable())).remove)
+        def keep_stepped(optimizer: Optimizer, *_: Any) -> None:
+            """A trainer's own step may thaw layers, and its optimizer may train what the trainer does not hold."""
+            stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            keep(trainable([*parameters.values(), *stepped]))
+
+        keep(trainable(parameters.values()) | buffers)
+        frozen = [one for key, one in parameters.items() if key not in tensors]
+        versions = [one._version for one in frozen]
+        stack.callback(register_optimizer_step_pre_hook(keep_stepped).remove)
 
         @torch.no_grad()
         def restore() -> None:
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[key])
 
         yield restore
+        changed = sum(
+            one._version != version and id(one) not in tensors for one, version in zip(frozen, versions, strict=True)
+        )
+        if changed and PartialState().num_processes == 1:  # DDP sends every process the weights that it has already
+            logger.warning(
+                f"{changed} frozen parameters were changed by something else than an optimizer and are not put back, "
+                "as there is no copy of what is frozen. One is kept of parameters with requires_grad=True."
+            )
 
 
 @contextmanager
@@ -175,26 +197,16 @@ def _state_away(optimizers: Iterable[Optimizer], offload_folder: str | Path | No
                 tensor.data = saved[key].to(devices[key], copy=True)
 
 
-def _modules(model: nn.Module) -> Restore:
-    configs = [getattr(model, name, None) for name in ("config", "generation_config")]
-    restores = [_attributes(holder) for holder in [*model.modules(), *configs]]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _settings(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Restore:
+    """The model's configurations, what is trainable, and gradients: training sets them to None and makes new ones."""
+    configs = [_attributes(getattr(model, name, None)) for name in ("config", "generation_config")]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
 
     def restore() -> None:
-        for restore_one in restores:
-            restore_one()
-        for parameter, requires_grad in trainable:
+        for restore_config in configs:
+            restore_config()
+        for parameter, requires_grad, gradient in before:
             parameter.requires_grad_(requires_grad)
-
-    return restore
-
-
-def _gradients(model: nn.Module) -> Restore:
-    """Training sets them to None and makes new ones, so the tensors themselves need no copy."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-
-    def restore() -> None:
-        for parameter, gradient in gradients:
             parameter.grad = gradient
 
     return restore
@@ -220,24 +232,35 @@ def _optimizer(optimizer: Optimizer) -> Restore:
 
 
 # What is handled elsewhere or looks after itself: locks, threads, loggers; Accelerate's state is one for the process.
-_LEFT_ALONE = (nn.Module, Optimizer, LRScheduler, torch.Tensor, TrainerCallback, type, ModuleType)
+_LEFT_ALONE = (Optimizer, LRScheduler, torch.Tensor, TrainerCallback, type, ModuleType)
 _FOREIGN = {*sys.stdlib_module_names, "accelerate"} - {"types", "argparse"}  # these two have namespaces
 _FEW = 32  # elements of a container that are looked at one by one: helpers; more are rows
 
 
-def _held(holders: Iterable[Any]) -> list[Any]:
-    """Some objects and those that they hold, by attributes and in small containers, as far as it goes; each once."""
+def _held(model: nn.Module, holders: Iterable[Any]) -> list[Any]:
+    """The model, other objects, and those that they hold, by attributes and in small containers; each once."""
     found: dict[int, Any] = {}
-    ahead = list(holders)
+    ahead = [model, *holders]
     while ahead:
         value = ahead.pop()
-        if id(value) not in found and not isinstance(value, _LEFT_ALONE):
+        if _wraps(value, model):
+            ahead += value.children()
+        elif id(value) not in found and not isinstance(value, _LEFT_ALONE):
             found[id(value)] = value
             ahead += _parts(value)
     return [*found.values()]
 
 
+def _wraps(value: Any, model: nn.Module) -> bool:
+    """Whether it is what a distributed or compiled run has put around the model, and looks after itself."""
+    library = type(value).__module__.partition(".")[0] in ("torch", "accelerate")
+    inside = value.modules() if library and isinstance(value, nn.Module) else ()
+    return value is not model and any(module is model for module in inside)
+
+
 def _parts(value: Any) -> list[Any]:
+    if isinstance(value, nn.Module):
+        return [*value.children(), *filter(_is_plain, vars(value).values())]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
@@ -317,11 +340,14 @@ def _random_numbers() -> Restore:
     """The libraries' own generators, and whatever others there are, as in the variables that a collator reads."""
     in_python, in_numpy, on_host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     on_devices = _device_random_numbers()
-    kinds = (random.Random, np.random.BitGenerator, np.random.RandomState)  # those of torch are not to be found so
-    others = [_generator(value) for value in gc.get_objects() if issubclass(type(value), kinds)]
+    kinds = (random.Random, np.random.BitGenerator, np.random.RandomState)  # `gc` does not know those of torch
+    others = [value for value in gc.get_objects() if issubclass(type(value), kinds)]
+    variables = (value for module in [*sys.modules.values()] for value in [*getattr(module, "__dict__", {}).values()])
+    others += [value for value in variables if issubclass(type(value), torch.Generator)]
+    restores = [_generator(value) for value in others]
 
     def restore() -> None:
-        for restore_one in others:
+        for restore_one in restores:
             restore_one()
         random.setstate(in_python)
         np.random.set_state(in_numpy)  # noqa: NPY002
@@ -352,3 +378,10 @@ def _gradient_sync() -> Restore:
         shared.dataloader_references = loaders
 
     return restore
+
+
+@contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Random numbers of torch, after which it goes on as if it had drawn none."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -2,10 +2,12 @@
 similar length, and checkpoints from which a run goes on exactly as if it had not stopped.
 """
 
+import dataclasses
 import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -358,6 +360,20 @@ def check_optimizer(args: ULMFiTTrainingArguments, num_groups: int) -> None:
     if not 1 <= count <= num_groups:
         raise InputError(f"The model has {num_groups} layer groups. Received: num_layer_groups={count}")
     group_learning_rates(count, learning_rate_setting(args), factor=args.discriminative_factor)
+
+
+def try_arguments(model: nn.Module, args: ULMFiTTrainingArguments) -> None:
+    """Let transformers, Accelerate and the optimizer refuse what they refuse before anything is trained or written.
+
+    Raises:
+        InputError: They do; in their words.
+    """
+    idle: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    with TemporaryDirectory() as elsewhere:
+        try:
+            ULMFiTTrainer(model, dataclasses.replace(args, output_dir=elsewhere, **idle)).create_optimizer()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"Training arguments: {' '.join(str(error).split())}") from error
 
 
 def learning_rate_setting(args: ULMFiTTrainingArguments) -> Any:

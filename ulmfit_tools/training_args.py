@@ -30,6 +30,16 @@ _WORDS: dict[Any, str] = {
 # What `get_scheduler` itself gives to Trainer's schedules; the other parameters are their settings.
 _GIVEN_TO_SCHEDULE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
 
+# The least that an argument may be, where transformers finds out late or never.
+_LEAST = {
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
+_POSITIVE = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size")
+
 
 class ScheduleName(str):
     """The name of one of this package's schedules, with the `.value` that Trainer's model card reads of its own."""
@@ -246,3 +256,17 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or kind in (bool, str):
         return kind in (bool, str) and isinstance(value, kind)
     return isinstance(value, Integral) if kind is int else isinstance(value, Real) and not math.isnan(value)
+
+
+def check_values(args: ULMFiTTrainingArguments) -> None:
+    """Check what a command or a plan needs of the arguments' values, and transformers finds out late or never.
+
+    Raises:
+        InputError: A value is too low.
+    """
+    for key, least in _LEAST.items():
+        if getattr(args, key) < least:
+            raise InputError(f"--{key} is at least {least}. Received: {getattr(args, key)}")
+    for key in _POSITIVE:
+        if not getattr(args, key) > 0:
+            raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")

@@ -1,9 +1,7 @@
 """Running a plan: its phases in order, each in its own folder, recorded so that the same call goes on anywhere."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
@@ -40,6 +38,7 @@ from ulmfit_tools.trainer import (
     ULMFiTTrainer,
     ULMFiTTrainingArguments,
     check_optimizer,
+    try_arguments,
 )
 
 logger = logging.get_logger(__name__)
@@ -129,7 +128,7 @@ def run_plan(
             tidy_complete(folder, phases)
         logger.warning(f"The run in {folder.path} is complete: nothing to do.")
         return PlanResult.from_dict(folder.path, finished)
-    _try_trainer(classifier, phase_args[0])
+    try_arguments(classifier, phase_args[0])
     if state.is_main_process:
         start_folder(folder, description, overwrite=overwrite)
         go_on_after(folder, phases, kept)
@@ -220,20 +219,6 @@ def _check_phase(phase: Phase, args: ULMFiTTrainingArguments, model: Any, groups
     check_optimizer(args, len(groups))
     if phase.learning_rate == "auto":
         check_rows(len(data.splits["train"]), args)
-
-
-def _try_trainer(model: PreTrainedModel, args: ULMFiTTrainingArguments) -> None:
-    """Whatever transformers, Accelerate and the optimizer refuse, they refuse before the run's folder is written to.
-
-    Raises:
-        InputError: They do; in their words.
-    """
-    idle: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    with TemporaryDirectory() as elsewhere:
-        try:
-            ULMFiTTrainer(model, dataclasses.replace(args, output_dir=elsewhere, **idle)).create_optimizer()
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"Training arguments: {' '.join(str(error).split())}") from error
 
 
 def _run_phases(job: Job, plan_name: str) -> PlanResult:

@@ -9,7 +9,7 @@ from ulmfit_tools.errors import InputError, nearest
 from ulmfit_tools.plans.phase import Phase
 from ulmfit_tools.plans.plan import FineTuningPlan
 from ulmfit_tools.schedules import SCHEDULES
-from ulmfit_tools.trainer import ULMFiTTrainingArguments
+from ulmfit_tools.training_args import ULMFiTTrainingArguments, check_values
 
 # What every run does unless told otherwise: a look at the validation split and a checkpoint after each epoch. A phase
 # is prepared with just its own parameters trainable, so DDP need not search for unused ones in each step.
@@ -33,15 +33,6 @@ _MANAGED = {
 
 # By what `keep: best` may go where the metrics are this package's; the loss unless told otherwise.
 _BEST_BY = ("loss", "accuracy", "f1_macro", "f1_weighted", "mcc")
-
-# The least that an argument may be, where transformers finds out late or never.
-_LEAST = {
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "seed": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-}
 
 # What says how the rates of the layer groups differ; no two of them go together.
 _RATES_OF_GROUPS = {"learning_rate_low", "group_learning_rates", "discriminative_factor"}
@@ -101,12 +92,7 @@ def run_arguments(
         raise InputError(" ".join(str(error).split())) from None
     if warmup is not None:
         args.warmup_steps = warmup
-    for key, least in _LEAST.items():
-        if getattr(args, key) < least:
-            raise InputError(f"--{key} is at least {least}. Received: {getattr(args, key)}")
-    for key in ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        if not getattr(args, key) > 0:
-            raise InputError(f"--{key} must be positive. Received: {getattr(args, key)}")
+    check_values(args)
     args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it in every epoch
     return args
 

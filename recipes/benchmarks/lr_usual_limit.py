@@ -34,6 +34,8 @@ def kind_of(case: Case) -> str:
         return case.model
     if case.seed >= 10:
         return "drawn at random"
+    if case.task.endswith(".csv"):
+        return "new head, data that no constant was chosen on"
     if case.trained_head:
         return "trained head"
     return "new head" + f", {case.layers} layers" * (case.layers != LAYERS) + ", fine labels" * ("fine" in case.task)

@@ -71,7 +71,7 @@ def unchanged(
     buffers = {id(buffer): buffer for module in modules for buffer in module.buffers(recurse=False)}
     optimizers = [] if optimizer is None else _with_inner(optimizer)
     restores = [_random_numbers(), _gradient_sync(), *map(_in_place, held), *map(_attributes, filter(_is_plain, held))]
-    restores += [_settings(model, parameters.values()), *map(_optimizer, optimizers)]
+    restores += [_gradients(parameters.values()), *map(_optimizer, optimizers)]
 
     def forget() -> None:
         for one in optimizers:
@@ -197,14 +197,11 @@ def _state_away(optimizers: Iterable[Optimizer], offload_folder: str | Path | No
                 tensor.data = saved[key].to(devices[key], copy=True)
 
 
-def _settings(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Restore:
-    """The model's configurations, what is trainable, and gradients: training sets them to None and makes new ones."""
-    configs = [_attributes(getattr(model, name, None)) for name in ("config", "generation_config")]
+def _gradients(parameters: Iterable[nn.Parameter]) -> Restore:
+    """And what is trainable. Training sets gradients to None and makes new ones, so these tensors need no copy."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
 
     def restore() -> None:
-        for restore_config in configs:
-            restore_config()
         for parameter, requires_grad, gradient in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient

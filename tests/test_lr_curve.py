@@ -40,7 +40,7 @@ def test_standard_error_is_that_of_the_mean_of_noise():
     assert np.sqrt((errors[:, 37] ** 2).mean()) == pytest.approx(expected, rel=0.05)
 
 
-def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
+def test_the_limit_of_a_shallow_valley_is_a_sixth_of_where_the_gain_is_lost():
     """The loss is 5 up to 0.1, 10 as before the fall at 1, and 11 at 10; neighbours weigh 0.01.
 
     So the smoothed losses are (10 + 0.16) / 1.02 = 9.96 at 1 and (11 + 0.21) / 1.02 = 10.99 at 10, with 10.5 at 0.524
@@ -54,7 +54,7 @@ def test_the_limit_of_a_shallow_valley_is_a_fourth_of_where_the_gain_is_lost():
     )
     assert curve.rates[curve.turn] < 0.1
     assert curve.back == pytest.approx(10**0.524, rel=0.01)
-    assert curve.limit == curve.back / 4
+    assert curve.limit == curve.back / 6
 
 
 def test_no_more_than_the_whole_loss_is_gained():

@@ -25,7 +25,7 @@ GRADES = ("low", "medium", "high")
 CLEAR, SURE = 2.0, 4.0  # changes of the loss, in standard errors, that count as seen and as certain
 SMALL = 0.01  # a change of the loss, as a share of it, that is next to none
 BACK = 0.05  # how far above its first level the loss must be, as a share of it, to have lost all that it had gained
-SHALLOW = 4.0  # how far below `back` the turn can be told from noise
+SHALLOW = 6.0  # how far below `back` the turn can be told from noise
 LEARNED = 0.05  # a loss of this share of its level tells nothing more about the rates
 APART = 4.0  # how far apart the limits of sweeps may lie before they say little
 BEFORE = 10.0  # how far below its limit a sweep must begin to show what the loss was before
@@ -216,10 +216,10 @@ class LRCurve:
 
     @cached_property
     def limit(self) -> float:
-        """The rate that a sweep does not bear: its turn, or a fourth of `back` where that is higher.
+        """The rate that a sweep does not bear: its turn, or a sixth of `back` where that is higher.
 
         The turn says most, but noise moves it: a head that is trained already leaves a shallow valley, in which the
-        lowest loss may be anywhere. Where the valley is clear, its lowest lies within a factor of about 4 of `back`.
+        lowest loss may be anywhere. Where the valley is clear, its lowest mostly lies within a factor of 6 of `back`.
         """
         return self.rates[self.turn] if self.learned is not None else max(self.rates[self.turn], self.back / SHALLOW)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ENDURED, LENGTH_POWER, MOST_ENDURED, GAINED = 3.96, 1 / 3, 0.6, 0.15
 # The usual limit of a model one number wide, for e classes and batches of one row; how it rises with the loss of a
 # guess; and for how many sweeps it counts. See `usual_limit`.
-USUAL, CLASSES_POWER, USUAL_SWEEPS = 1 / 8, 3 / 4, 1.5
+USUAL, CLASSES_POWER, USUAL_SWEEPS = 1 / 8, 3 / 4, 4
 
 
 def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
@@ -22,7 +22,7 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
 
     It is `3.96 * limit / T ** (1 / 3) / rate_norm`, and at most 0.6 of the limit; and a share of that, `0.15 / gain`,
     where the sweep takes away more than 0.15 of the loss (times as much as it has more steps than the training). The
-    limit is that of the sweep, drawn towards the usual one (`usual_limit`), which counts for one and a half sweeps.
+    limit is that of the sweep, drawn towards the usual one (`usual_limit`), which counts for four sweeps.
 
     A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
     falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,
@@ -41,8 +41,8 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     by the batches that they meet. Over the starts of the benchmark the number of classes says as much about the best
     rate as the limit of a sweep does, and the mean of both more than either.
 
-    The 4 in `limit` and the 3.96 here, which is 1.4 for eight groups at one rate, were chosen on true curves of MiniLM
-    on four datasets, 189 steps from a new head and from a trained one, after sweeps of 100 steps over eight decades
+    The 3.96 here, which is 1.4 for eight groups at one rate, was chosen on true curves of MiniLM on four datasets, 189
+    steps from a new head and from a trained one, after sweeps of 100 steps over eight decades
     (recipes/benchmarks/lr_suggestions.py). The cube root is a judgement: of rates a factor of 2 apart, the one with
     the lowest held-out loss after 47 steps was once or twice the best one for 189 (eight of these starts), and single
     trainings of 570 to 1,080 steps were best at a half to the whole of it. That layer groups add up was seen on starts

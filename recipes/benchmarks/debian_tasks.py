@@ -13,6 +13,7 @@ import argparse
 import csv
 import random
 import re
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -65,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the CSV files go")
     folder = parser.parse_args().folder
+    if shutil.which("apt-cache") is None or not FORTUNES.is_dir():
+        parser.error(f"apt-cache and {FORTUNES} are needed: run this on Debian, with the package fortunes installed")
     rows = packages()
     sizes = Counter(section for _, section, _ in rows)
     tasks: dict[str, Rows] = {

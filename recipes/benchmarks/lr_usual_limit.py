@@ -23,7 +23,7 @@ from ulmfit_tools.lr_readings import endurance
 
 USUAL = [0.075, 0.1, 0.125, 0.15, 0.2, 0.275, 0.35]
 CLASSES_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
-USUAL_SWEEPS = [0.5, 1, 1.5, 2]
+USUAL_SWEEPS = [1, 1.5, 2, 3, 4, 6, 8]
 FEWEST_RATES = 5  # of a true curve
 
 Start = tuple[list[tuple[float, float]], list[LRCurve]]  # the true curve, and the sweeps

@@ -142,6 +142,24 @@ def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
     assert 'Text column: "text" (guessed' in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "exists already" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--json", ""], "The file to write needs a name. Received: ''"),
+        (["--plot", ""], "The file to write needs a name. Received: ''"),
+        (["--plot", "curve.txt"], "--plot is a picture file, as curve.png"),
+        (["--plot", "curve.png"], "cannot be written as .png here (no TeX): try .png"),
+    ],
+)
+def test_a_picture_or_file_that_cannot_be_written_is_refused_first(flags, words, capsys, tmp_path, monkeypatch):
+    def savefig(self, *args, **kwargs):
+        raise RuntimeError("no TeX")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    assert words in refused(capsys, "lr-find", "--model", "no/model", "--dataset", "no.csv", *flags)
     assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
 
 

@@ -57,11 +57,18 @@ def test_the_limit_of_a_shallow_valley_is_a_sixth_of_where_the_gain_is_lost():
     assert curve.limit == curve.back / 6
 
 
-def test_no_more_than_the_whole_loss_is_gained():
-    """A loss that begins near 0 and may be negative, as a log-density, falls by many times its first value."""
-    curve = curve_of(lambda rate: falls_and_rises(rate) - 1.99, start_loss=0.01)
-    assert curve.fall > 10 * curve.level > 0
-    assert curve.gain == 1
+@pytest.mark.parametrize("constant", [-12.0, -2.5, -1.99, -0.9])
+def test_a_loss_that_may_be_negative_suggests_what_it_does_with_a_constant_added(constant):
+    """A log-density: no share of it is gained, and where it passes 0 nothing is learned."""
+    curve, shifted = (
+        curve_of(lambda rate, c=c: falls_and_rises(rate) + c, start_loss=2 + c) for c in (constant, 12.0)
+    )
+    assert min(curve.losses) < 0
+    assert curve.gain == 0
+    assert curve.learned is None
+    assert curve.confidence == "high"
+    assert shifted.gain < 0.15
+    assert curve.suggestion == pytest.approx(shifted.suggestion, rel=0.2)
 
 
 def test_the_loss_need_not_come_back():
@@ -214,8 +221,8 @@ def test_probes_that_leave_a_question_open_say_so():
     assert probed(0.9, 0.4, 0.8).confidence == falling_curve().confidence == "high"
     assert probed(0.9, 0.4, 0.8).verdict == falling_curve().verdict
     for losses, words in [
-        ((0.9, 0.8, 0.4), "the highest, so a higher rate may be better still"),
-        ((0.4, 0.8, 0.9), "the lowest, so a lower rate may be better still"),
+        ((0.9, 0.8, 0.4), "the highest, instead of the 4.0e-04 of the curve, so a higher rate may be better still"),
+        ((0.4, 0.8, 0.9), "the lowest, instead of the 4.0e-04 of the curve, so a lower rate may be better still"),
         ((None, None, None), "No probe kept a finite loss"),
     ]:
         assert probed(*losses).confidence == "low"
@@ -306,3 +313,41 @@ def test_other_json_is_refused(text):
 def test_points_that_are_no_curve_are_refused(rates):
     with pytest.raises(InputError, match="five rising rates"):
         LRCurve(rates=rates, losses=(1.0,) * len(rates), start_loss=1.0, training_steps=1)
+
+
+@pytest.mark.parametrize("limit", [1e-4, 1e-3, 1e-2])
+def test_a_linear_sweep_that_skips_the_rates_in_question_says_so(limit):
+    """Its second rate is 0.1, where the loss of 2 is at 9 already."""
+
+    def loss(rate):
+        return min(2 - min(1, rate / limit) + 2 * max(0, rate / limit - 1), 9)
+
+    curve = curve_of(loss, noise=0.1, rates=tuple(np.linspace(1e-7, 10, 100))[:12], mode="linear")
+    assert curve.limit < 0.1
+    assert curve.confidence == "low"
+    assert curve.verdict.startswith("At the second rate, 1.0e-01, the loss has risen already")
+
+
+def test_a_loss_that_only_ends_as_no_number_does_not_turn_up():
+    def falls(rate):
+        return 5 - 4 * (1 - math.exp(-rate / 1e-3))
+
+    curve = curve_of(falls, noise=0.02, rates=RATES[:64], stopped="nan")
+    assert curve.has_limit
+    assert curve.verdict.endswith(f"and is no number any more after {RATES[63]:.1e}.")
+
+
+def test_the_verdict_tells_which_sweeps_and_which_rate_count():
+    endless = curve_of(lambda rate: 2.0 - 1e-3 * math.log(rate), noise=1e-5, stopped="end")
+    some = replace(endless, repeats=(shifted(1),))
+    assert some.suggestion == pytest.approx(shifted(1).suggestion)
+    assert "lower bound" in endless.verdict
+    assert "lower bound" not in some.verdict
+    assert some.verdict.endswith(f"That is the first of 2 sweeps; a limit is found by 1 ({shifted(1).limit:.1e}).")
+    two = replace(shifted(1), repeats=(shifted(2),))
+    assert two.verdict.endswith("and the suggestion is the mean of theirs.")
+    losses = {two.suggestion / 4: 0.9, two.suggestion: 0.8, two.suggestion * 4: 0.4}
+    probed = replace(two, probes=tuple(Probe(rate=rate, peak=rate, loss=loss) for rate, loss in losses.items()))
+    assert probed.suggestion == 4 * two.suggestion
+    assert "mean of theirs" not in probed.verdict
+    assert f"the highest, instead of the {two.suggestion:.1e} of the curve" in probed.verdict

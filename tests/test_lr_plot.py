@@ -10,7 +10,7 @@ from curves import falling_curve
 from rich.console import Console
 
 from ulmfit_tools.lr_curve import Probe
-from ulmfit_tools.reporting.lr_plot import MEANINGS, plot_lr_curve, print_lr_curve
+from ulmfit_tools.reporting.lr_plot import MEANINGS, plot_lr_curve, print_lr_curve, save_lr_curve
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,6 +53,14 @@ def test_draws_into_given_axes_and_saves(tmp_path):
     assert falling_curve().plot(ax) is ax
     figure.savefig(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saving_asks_no_backend_and_leaves_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "figure", None)
+    monkeypatch.setattr(plt, "subplots", None)
+    save_lr_curve(falling_curve(), str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert plt.get_fignums() == []
 
 
 def test_linear_sweep_has_a_linear_axis():

@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from tiny import pad_rows, ragged_rows, tiny_bert, token_rows
 from tiny_text import tiny_tokenizer
 from torch import nn
-from transformers import Adafactor, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    Adafactor,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ulmfit_tools import lr_range, rehearsal
 from ulmfit_tools.data.augmentation import Augmentation, augmented
@@ -356,9 +365,13 @@ def test_the_width_counts_where_adam_trains_whole_layers(tmp_path):
     head = watching(tmp_path)
     freeze_to(head.model, -1)
     assert lr_range_test(head, **SHORT).width is None
-    in_part = make_trainer(tmp_path)
-    in_part.model.bert.encoder.layer[0].attention.requires_grad_(False)
-    assert lr_range_test(in_part, **SHORT).width is None
+    biases = make_trainer(tmp_path)
+    for name, parameter in biases.model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    assert lr_range_test(biases, **SHORT).width is None
+    fixed_positions = make_trainer(tmp_path)
+    fixed_positions.model.bert.embeddings.position_embeddings.requires_grad_(False)
+    assert lr_range_test(fixed_positions, **SHORT).width == 16
 
 
 def test_the_classes_count_where_each_row_has_one(tmp_path):
@@ -368,6 +381,34 @@ def test_the_classes_count_where_each_row_has_one(tmp_path):
         rows = [row | {"labels": of_row(row)} for row in ragged_rows(64)]
         trainer = make_trainer(tmp_path, model=tiny_bert(num_labels=labels), trainer={"train_dataset": rows})
         assert lr_range_test(trainer, **SHORT).classes is None
+
+
+def test_the_classes_are_those_of_the_logits_whatever_the_configuration_says(tmp_path):
+    """A head of one's own, answers to choose from, and a loss of one's own for several labels a row."""
+
+    class OwnHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = tiny_bert().bert
+            self.config = self.bert.config
+            self.head = nn.Linear(16, 20)
+
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            logits = self.head(self.bert(input_ids, attention_mask).pooler_output)
+            return nn.functional.cross_entropy(logits, labels), logits
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            return nn.functional.binary_cross_entropy_with_logits(model(**inputs).logits, labels)
+
+    assert lr_range_test(make_trainer(tmp_path, model=OwnHead()), **SHORT).classes == 20
+    choices = [{"input_ids": [row["input_ids"]] * 5, "labels": row["labels"]} for row in token_rows(64)]
+    given = {"train_dataset": choices, "data_collator": None}
+    trainer = make_trainer(tmp_path, model=BertForMultipleChoice(tiny_bert().config), trainer=given)
+    assert lr_range_test(trainer, **SHORT).classes == 5
+    rows = [row | {"labels": [float(row["labels"] > 0)] * 3} for row in ragged_rows(64)]
+    assert lr_range_test(make_trainer(tmp_path, OwnLoss, trainer={"train_dataset": rows}), **SHORT).classes is None
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path):
@@ -472,6 +513,20 @@ def test_a_loader_of_the_trainers_own(tmp_path):
     trainer = make_trainer(tmp_path, trainer={"train_dataset": None}, kind=Trainer)
     trainer.__class__ = WithLoader
     assert lr_range_test(trainer, **SHORT).training_steps == 16
+
+
+def test_the_batch_size_is_that_of_the_loader(tmp_path):
+    """Batches of 4 though the arguments say 32, of which there are no 32 rows; and 16 accumulated ones of 24 rows."""
+
+    class WithLoader(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(ragged_rows(24), batch_size=4, collate_fn=pad_rows)
+
+    few = {"train_dataset": ragged_rows(24)}
+    trainer = make_trainer(tmp_path, WithLoader, trainer=few, per_device_train_batch_size=32)
+    assert lr_range_test(trainer, **SHORT).batch_size == 4
+    trainer = make_trainer(tmp_path, trainer=few, gradient_accumulation_steps=16)
+    assert lr_range_test(trainer, **SHORT).batch_size == 24
 
 
 def test_an_optimizer_around_another_one_takes_the_steps(tmp_path):
@@ -594,6 +649,24 @@ def test_the_evaluation_loss_is_the_trainers(tmp_path):
     assert len(curve.rates) == curve.steps
 
 
+def test_a_schedule_free_optimizer_is_evaluated_at_its_averages(tmp_path):
+    """It holds other weights in training than in evaluation, and is told which, as by Trainer."""
+
+    class Averaging(torch.optim.SGD):
+        modes: ClassVar = []
+
+        def train(self):
+            self.modes.append("train")
+
+        def eval(self):
+            self.modes.append("eval")
+
+    model = tiny_bert()
+    optimizer = Averaging(model.parameters(), lr=1e-3)
+    lr_range_test(make_trainer(tmp_path, model=model, trainer={"optimizers": (optimizer, None)}), eval_batches=1)
+    assert Averaging.modes[:5] == ["eval", "train", "eval", "train", "eval"]
+
+
 def test_evaluation_workers_that_stay_are_not_asked(tmp_path):
     """Trainer keeps the loader of the last `evaluate`, and private to it: this fails when it is kept elsewhere."""
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
@@ -654,6 +727,25 @@ def test_each_sweep_has_the_same_start_and_other_batches(kind, strategy, tmp_pat
     assert batches[0] != batches[1] != batches[2] != batches[0]
     alone = lr_range_test(trainer, **SHORT)
     assert (curve.rates, curve.losses) == (alone.rates, alone.losses), "the first is that of a single sweep"
+
+
+def test_sweeps_of_a_shuffled_stream_have_other_batches(tmp_path):
+    stream = Dataset.from_list(ragged_rows(64)).to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=16)
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": stream}, max_steps=16)
+    first, second = lr_range_test(trainer, num_sweeps=2, **SHORT).sweeps
+    assert first.losses != second.losses
+
+
+def test_sweeps_over_the_same_batches_count_once(tmp_path, caplog):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(ragged_rows(64))
+
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": Stream()}, max_steps=16)
+    curve = lr_range_test(trainer, num_sweeps=3, **SHORT)
+    assert curve.repeats == ()
+    assert curve.steps == 2 * 24, "the third is not made"
+    assert "only the first one counts" in caplog.text
 
 
 # ---- Confirmation ---------------------------------------------------------------------------------------------------
@@ -744,6 +836,15 @@ def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     find_learning_rate(trainer, record)
     assert trainer.args.learning_rate == 0.0123
+
+
+def test_the_curve_of_another_test_will_do_as_the_record(tmp_path):
+    record = tmp_path / "lr_range.json"
+    curve = lr_range_test(make_trainer(tmp_path), **SHORT)
+    record.write_text(curve.to_json())
+    trainer = make_trainer(tmp_path, ULMFiTTrainer)
+    assert find_learning_rate(trainer, record) == curve
+    assert trainer.args.learning_rate == curve.suggestion
 
 
 def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):

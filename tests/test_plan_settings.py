@@ -68,6 +68,12 @@ def arguments(plan, **given):
         ),
         ([BEST], {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 5}, ["steps"], None),
         ([Phase(name="found", learning_rate="auto")], {"learning_rate_low": 1e-6}, [1e-6], None),
+        (
+            [Phase(name="found", learning_rate="auto")],
+            {"learning_rate": 1e-3},
+            [1e-3],
+            "--learning_rate serves 'found' only where a range test finds no rate too high.",
+        ),
     ],
 )
 def test_a_flag_serves_the_phases_that_name_none_of_their_own_and_says_so(phases, given, values, line):

@@ -118,6 +118,17 @@ def test_overwrite_starts_anew(whole, model, data, tmp_path):
     assert [path.name for path in (tmp_path / "run/phases").iterdir()] == ["01-a"]
 
 
+def test_overwrite_starts_anew_where_the_record_was_moved_away(whole, model, data, tmp_path):
+    """As the message for a damaged `run.json` says: of the old run, with another seed, nothing is gone on with."""
+    with pytest.raises(Stop):
+        run(TWO_PHASES, model, data, tmp_path / "run", callbacks=[StopAt("02-all", 9)], seed=5)
+    (tmp_path / "run/run.json").unlink()
+    (tmp_path / "run/phases/mine.txt").write_text("what no run made")
+    run(TWO_PHASES, model, data, tmp_path / "run", overwrite=True)
+    assert same(weights(tmp_path / "run"), weights(whole.output_dir))
+    assert (tmp_path / "run/phases/mine.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("phase", "step", "event"),
     [

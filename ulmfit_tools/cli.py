@@ -96,8 +96,9 @@ def lr_find(argv: Sequence[str]) -> int:
     model, data, flags = (defaults(c, given) for c in (ModelFlags, DataFlags, RangeFlags))
     need("lr-find", model, "model")
     need("lr-find", data, "dataset")
-    for path in filter(None, (flags.plot, flags.json)):
-        _check_new_file(path)
+    for path in (flags.plot, flags.json):
+        if path is not None:
+            _check_new_file(path)
     if flags.plot is not None:
         _check_picture(flags.plot)
         if flags.json is not None and Path(flags.plot).resolve() == Path(flags.json).resolve():
@@ -171,6 +172,8 @@ def _check_new_file(path: str) -> None:
     """Said before the work and not after it: that a file cannot be written."""
     from tempfile import TemporaryFile
 
+    if not Path(path).name:
+        raise InputError(f"The file to write needs a name. Received: {path!r}")
     try:
         if Path(path).exists():
             raise InputError(f"{path} exists already: choose another file, nothing was written")
@@ -184,13 +187,21 @@ def _check_new_file(path: str) -> None:
 
 
 def _check_picture(path: str) -> None:
+    from io import BytesIO
+
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure
     except ImportError:
         raise InputError('Plots need matplotlib, which is not installed: pip install "ulmfit-tools[plot]"') from None
-    allowed = [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()]
-    if Path(path).suffix.lower() not in allowed:
+    figure, kind = Figure(), Path(path).suffix.lower()
+    allowed = [f".{kind}" for kind in figure.canvas.get_supported_filetypes()]
+    if kind not in allowed:
         raise InputError(f"--plot is a picture file, as curve.png: {', '.join(allowed)}. Received: {path}")
+    figure.subplots()  # numbers on its axes, which a kind may have other needs for
+    try:
+        figure.savefig(BytesIO(), format=kind[1:])
+    except RuntimeError as error:  # pgf needs a TeX
+        raise InputError(f"--plot cannot be written as {kind} here ({error}): try .png. Received: {path}") from None
 
 
 def groups(argv: Sequence[str]) -> int:

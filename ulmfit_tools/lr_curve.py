@@ -156,8 +156,13 @@ class LRCurve:
 
     @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep takes away; at most 1, also of a loss that may be negative."""
-        return min(self.fall / abs(self.level), 1.0) if self.level else 0.0
+        """The share of the loss that the sweep takes away; 0 where nobody knows it, since the loss can be negative."""
+        return self.fall / self.level if self._ends_at_zero and self.level else 0.0
+
+    @cached_property
+    def _ends_at_zero(self) -> bool:
+        """Whether 0 is the least that the loss can be, for all that one sees; not so of a log-density."""
+        return min(self.start_loss, *self.losses) >= 0
 
     @cached_property
     def clearness(self) -> float:
@@ -170,12 +175,12 @@ class LRCurve:
 
     @cached_property
     def learned(self) -> int | None:
-        """The index from which the loss is next to nothing; None where it never is.
+        """The index from which the loss is next to nothing; None where it never is, or could be less.
 
         Without a loss there are no gradients, and rates that would ruin a training pass unseen.
         """
-        nothing = np.flatnonzero(np.abs(self.smoothed) < LEARNED * abs(self.level))
-        return int(nothing[0]) if nothing.size else None
+        nothing = np.flatnonzero(np.array(self.smoothed) < LEARNED * self.level)
+        return int(nothing[0]) if nothing.size and self._ends_at_zero else None
 
     @cached_property
     def turn(self) -> int:
@@ -185,6 +190,8 @@ class LRCurve:
         a row. So a rise is one that stands out from the noise of all losses, not only from that of its neighbours, and
         the lowest is looked for within two decades below it. Where the sweep has learned the rows, it is there.
         """
+        if self._skips_over:
+            return 0
         if self.learned is not None:
             return self.learned
         smoothed, rates = np.array(self.smoothed), np.array(self.rates)
@@ -273,7 +280,7 @@ class LRCurve:
     @property
     def _grade(self) -> int:
         """How sure this sweep alone is: an index into `GRADES`."""
-        if self.clearness < CLEAR or not self._has_limit or self._begins_late:
+        if self.clearness < CLEAR or not self._has_limit or self._begins_late or self._skips_over:
             return 0
         return 2 if self.clearness >= SURE and self.learned is None else 1
 
@@ -281,6 +288,12 @@ class LRCurve:
     def _begins_late(self) -> bool:
         """Whether the first rates may have changed the loss already, so that nobody sees where it began."""
         return self.limit < BEFORE * self.rates[0]
+
+    @property
+    def _skips_over(self) -> bool:
+        """Whether the rate that is too high lies between the first two, which are far apart in a linear sweep."""
+        risen = self.smoothed[1] - self.level > max(BACK * abs(self.level), SURE * self.noise[1])
+        return bool(risen) and self.rates[1] > BEFORE * self.rates[0]
 
     @property
     def _limits(self) -> list[float]:
@@ -298,8 +311,17 @@ class LRCurve:
     @property
     def turns_up(self) -> bool:
         """Whether the test went on until the loss rose again."""
+        return self.stopped != "end" or self._rises
+
+    @property
+    def _rises(self) -> bool:
         rise = self.smoothed[-1] - self.smoothed[self.lowest]
-        return self.stopped != "end" or rise > max(CLEAR * self.standard_errors[-1], SMALL * abs(self.level))
+        return rise > max(CLEAR * self.standard_errors[-1], SMALL * abs(self.level))
+
+    @property
+    def _only_nan(self) -> bool:
+        """Whether all that is seen of rates that are too high is a loss that is no number."""
+        return self.stopped == "nan" and not self._rises
 
     @cached_property
     def verdict(self) -> str:
@@ -310,10 +332,18 @@ class LRCurve:
     def _repeats_say(self) -> str:
         if not self.repeats:
             return ""
-        return (
-            f"That is the first of {len(self.sweeps)} sweeps; their limits are {min(self._limits):.1e} to "
-            f"{max(self._limits):.1e}, and the suggestion is the mean of theirs."
-        )
+        told = f"That is the first of {len(self.sweeps)} sweeps;"
+        limits = [sweep.limit for sweep in self._telling]
+        if len(limits) < len(self.sweeps):
+            return f"{told} a limit is found by {len(limits)} ({', '.join(f'{limit:.1e}' for limit in limits)})."
+        told += f" their limits are {min(limits):.1e} to {max(limits):.1e}"
+        return f"{told}." if self._before_probes else f"{told}, and the suggestion is the mean of theirs."
+
+    @property
+    def _before_probes(self) -> float | None:
+        """What the sweeps suggested, where the probes suggest another rate."""
+        tried = sorted(probe.rate for probe in self.probes)
+        return tried[len(tried) // 2] if tried and self.suggestion != tried[len(tried) // 2] else None
 
     @property
     def _probes_say(self) -> str:
@@ -325,7 +355,8 @@ class LRCurve:
         if self.suggestion not in (tried[0], tried[-1]) or len(tried) < 3:
             return ""
         edge, beyond = ("lowest", "lower") if self.suggestion == tried[0] else ("highest", "higher")
-        return f"The best of the probes is the {edge}, so a {beyond} rate may be better still."
+        instead = f", instead of the {self._before_probes:.1e} of the curve" if self._before_probes else ""
+        return f"The best of the probes is the {edge}{instead}, so a {beyond} rate may be better still."
 
     @property
     def _curve_says(self) -> str:
@@ -334,6 +365,11 @@ class LRCurve:
                 f"The loss falls to next to nothing by {self._turn}, so higher rates cannot be told apart: the rows "
                 "are easily learned, and a rate up to the suggestion will do."
             )
+        if self._skips_over:
+            return (
+                f"At the second rate, {self.rates[1]:.1e}, the loss has risen already, and between it and the first, "
+                f"{self.rates[0]:.1e}, none was tried: take exponential steps, or lower end_lr."
+            )
         if self._begins_late:
             return f"The first rate that is too high, {self.limit:.1e}, is near the first one: lower start_lr."
         if self.clearness < CLEAR and self.fall < SMALL * abs(self.level):
@@ -341,15 +377,18 @@ class LRCurve:
         elif self.clearness < CLEAR:
             told = f"The curve is too noisy to decide: the loss falls by {self.clearness:.1f} standard errors only"
         elif not self.turns_up:
-            return "The loss still falls at the highest rate: raise end_lr; what is suggested is a lower bound."
+            bound = "" if self.has_limit else "; what is suggested is a lower bound"
+            return f"The loss still falls at the highest rate: raise end_lr{bound}."
         else:
-            errors = f"{self.clearness:.1f} standard errors"
-            return f"The loss falls by {self.fall:.3g}, {errors}, and turns up at {self._turn}."
+            end = (
+                f"is no number any more after {self.rates[-1]:.1e}" if self._only_nan else f"turns up at {self._turn}"
+            )
+            return f"The loss falls by {self.fall:.3g}, {self.clearness:.1f} standard errors, and {end}."
         if not self.turns_up:
             return f"{told}, nor does it rise: raise end_lr, or take more steps."
         where = f"{self._turn} to {self.back:.1e}"
         more = "eval_batches" if self.repeats else "num_sweeps or eval_batches"
-        return f"{told}. The suggestion goes by where it rises ({where}); {more} would help."
+        return f"{told}. Where it rises ({where}) is what there is to go by; {more} would help."
 
     @property
     def _turn(self) -> str:

@@ -82,9 +82,9 @@ def lr_range_test(
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
-            of a factor of about 1.2. The batches come in another order where that is drawn from the trainer's seed;
-            a loader of one's own may give the same ones each time. None takes two where the training is at least as
-            long as both, and else one.
+            of a factor of about 1.2. The batches come in another order where that is drawn from the trainer's seed or,
+            as in a shuffled stream of `datasets`, from the epoch; where a sweep meets the same ones again, only the
+            first counts. None takes two where the training is at least as long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from
             the same start, and suggest the best of them: another than the first suggestion where its loss is lower by
             more than two standard errors of the difference, batch by batch. It is for a suggestion that may be far
@@ -120,8 +120,14 @@ def lr_range_test(
             with _progress(trainer, title, num_steps) as bar:
                 notes = LossNotes(rates, eval_batches, has_diverged, bar.update)
                 sweeps.append(_curve(rehearse(trainer, optimizer, notes, len(sweeps)), mode))
-        steps = sum(sweep.steps for sweep in sweeps)
-        curve = replace(sweeps[0], steps=steps, repeats=tuple(sweeps[1:]))
+            if len(sweeps) > 1 and sweeps[-1].losses == sweeps[0].losses:
+                logger.warning(
+                    "Another sweep met the same batches in the same order, so only the first one counts: a loader of "
+                    "one's own, or a stream that is not shuffled, has no others."
+                )
+                break
+        others = [sweep for sweep in sweeps[1:] if sweep.losses != sweeps[0].losses]
+        curve = replace(sweeps[0], steps=sum(sweep.steps for sweep in sweeps), repeats=tuple(others))
         if confirm:
             curve = _confirmed(curve, trainer, optimizer, eval_batches, rewind)
     return replace(curve, seconds=time.perf_counter() - start)
@@ -189,7 +195,7 @@ def find_learning_rate(
     broadcast_object_list(found)
     if found[0] is not None:
         curve = LRCurve.from_json(found[0])
-        rate = float(json.loads(found[0])["read"]["taken"])  # by the rule of its time
+        rate = json.loads(found[0])["read"].get("taken", curve.suggestion)  # by the rule of its time
     else:
         curve = lr_range_test(trainer, num_steps=num_steps, num_sweeps=num_sweeps, **settings)
         rate = curve.suggestion if curve.has_limit else trainer.args.learning_rate
@@ -299,7 +305,9 @@ def _check_trainer(trainer: Trainer) -> None:
         )
     if not any(parameter.requires_grad for parameter in _model(trainer).parameters()):
         raise InputError("The model has no trainable parameters, so no rate changes anything: thaw some layers first")
-    if has_length(trainer.train_dataset):
+    # A loader of one's own makes batches of its own, whatever the arguments say.
+    own_loader = trainer.get_train_dataloader.__module__.split(".")[0] not in ("transformers", "ulmfit_tools")
+    if has_length(trainer.train_dataset) and not own_loader:
         check_rows(len(trainer.train_dataset), trainer.args)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ulmfit_tools.errors import InputError
@@ -56,10 +57,14 @@ class LossNotes(TrainerCallback):
         self._trainer = trainer
         self._planned = planned
         self._train_losses: list[torch.Tensor] = []
+        self._rows = 0
+        self._labels: Any = None
         self._is_mean: bool | None = None
         trainer_step = trainer.training_step
 
         def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            self._rows += find_batch_size(inputs) or 0
+            self._labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
             batches = trainer.current_gradient_accumulation_steps
             # Where it is told how many items an update has, a plain Trainer takes every loss for a share of the
             # update's, also the mean of a batch; unless it is told which of them it is.
@@ -72,6 +77,17 @@ class LossNotes(TrainerCallback):
 
         trainer.training_step = training_step  # type: ignore[method-assign]
 
+    def on_forward(self, model: nn.Module, args: Any, outputs: Any) -> None:
+        """A forward hook of the model: between how many classes it decides, where each row's label is one of them."""
+        labels = self._labels
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+        if isinstance(logits, tuple):  # of a loss, where there is one, and logits
+            logits = next((value for value in logits if isinstance(value, torch.Tensor) and value.dim() == 2), None)
+        if not isinstance(labels, torch.Tensor) or not isinstance(logits, torch.Tensor):
+            return
+        if labels.dim() == 1 and not labels.is_floating_point() and logits.dim() == 2 and logits.shape[-1] > 1:
+            self.classes = logits.shape[-1]
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -83,7 +99,7 @@ class LossNotes(TrainerCallback):
     ) -> None:
         """Counts the steps of the planned training, and takes the evaluation loss before any update."""
         values = self._trainer.set_initial_training_values(self._planned, train_dataloader)
-        self.batch_size, self.training_steps = values[4], values[-1]
+        self.training_steps = values[-1]
         if self.training_steps < 1:
             raise InputError(
                 "The range test looks for the rate of a training, and this one has no steps: raise num_train_epochs"
@@ -105,6 +121,8 @@ class LossNotes(TrainerCallback):
         """Takes the loss that goes with the step: the training batches saw the weights as they were before it."""
         self.on_step()
         training_loss, self._train_losses = torch.stack(self._train_losses).sum(), []
+        if self.batch_size is None:  # as the loader deals them out, whatever the arguments say
+            self.batch_size = self._rows * args.world_size or None
         if not self.eval_batches and len(self.losses) == self.updates:
             self._note(training_loss, control)
         if self._trainer.accelerator.optimizer_step_was_skipped:  # gradients in half precision were too large
@@ -122,6 +140,9 @@ class LossNotes(TrainerCallback):
 
     def _evaluate(self, model: nn.Module) -> torch.Tensor:
         model.eval()
+        optimizer: Any = self._trainer.optimizer
+        if callable(getattr(optimizer, "eval", None)):  # a schedule-free one; the next training step undoes it
+            optimizer.eval()
         step: Any = self._trainer.prediction_step
         losses = [step(model, batch, prediction_loss_only=True)[0] for batch in self._batches]
         if any(loss is None for loss in losses):
@@ -169,7 +190,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
         optimizer: The one to use, if it has one already.
         notes: They begin empty.
         order: 0 takes the batches in the trainer's own order; other numbers each take another one, where it is drawn
-            from the trainer's seed.
+            from the trainer's seed or, as a stream of `datasets` does, from the epoch.
 
     Returns:
         The notes.
@@ -182,6 +203,7 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     if order:
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         rehearsal.args.data_seed = seed + order
+        _shift_epochs(rehearsal, order)
     rehearsal.create_accelerator_and_postprocess()  # with its own loss scale and lists of what it prepared
     rehearsal.optimizer_cls_and_kwargs = _own_groups(trainer.optimizer_cls_and_kwargs)
     # Private to Trainer, which with workers that stay would take the loader of the last `evaluate` for any other rows.
@@ -207,12 +229,28 @@ def rehearse(trainer: Trainer, optimizer: Optimizer | None, notes: LossNotes, or
     rehearsal.floating_point_ops = lambda inputs: 0
     rehearsal._get_grad_norm = lambda model, grad_norm=None: grad_norm
     notes.attach(rehearsal, trainer.args)
+    model: Any = trainer.model
+    hook = model.register_forward_hook(notes.on_forward)
     try:
         Trainer.train(rehearsal)  # a subclass's own `train` looks after signals and checkpoints
-        notes.classes = class_count(trainer)  # only now, since models take their kind of labels from the first batch
     finally:
+        hook.remove()
         vars(rehearsal).clear()  # the copy's functions hold the copy; what else goes in circles, `train` collects
     return notes
+
+
+def _shift_epochs(rehearsal: Any, by: int) -> None:
+    """Let a trainer's loader take its epochs for later ones."""
+    get_loader = rehearsal.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = get_loader()
+        if hasattr(loader, "set_epoch"):
+            set_epoch = loader.set_epoch
+            loader.set_epoch = lambda epoch: set_epoch(epoch + by)
+        return loader
+
+    rehearsal.get_train_dataloader = get_train_dataloader
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -315,25 +353,14 @@ def rate_norm(trainer: Trainer, optimizer: Optimizer, head: float) -> float:
 def trained_width(trainer: Trainer, optimizer: Optimizer) -> int | None:
     """The hidden size, where whole layer groups besides the head train, with a kind of Adam; else None.
 
-    Good rates of adapters, of a head alone and of other optimizers lie elsewhere, whatever the width.
+    Good rates of adapters, of a head alone and of other optimizers lie elsewhere, whatever the width. Groups are whole
+    where most of their numbers train: some models have fixed ones, as a table of positions.
     """
     model: Any = trainer.model
     groups = [list(group.parameters(model)) for group in layer_groups(model)]
     trained = [group for group in groups if any(parameter.requires_grad for parameter in group)]
-    whole = all(parameter.requires_grad for group in trained for parameter in group)
-    if len(trained) < 2 or not whole or "adam" not in type(unwrapped(optimizer)).__name__.lower():
+    numbers = [parameter.numel() * (1 if parameter.requires_grad else -1) for group in trained for parameter in group]
+    if len(trained) < 2 or sum(numbers) < 0 or "adam" not in type(unwrapped(optimizer)).__name__.lower():
         return None
     config: Any = getattr(model, "config", None)
     return None if config is None else getattr(config.get_text_config(), "hidden_size", None)
-
-
-def class_count(trainer: Trainer) -> int | None:
-    """Between how many classes the model decides; None where its labels are numbers, words, or several for a row."""
-    model: Any = trainer.model
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
-        return None
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:  # a language model
-        return None
-    classes = getattr(config, "num_labels", 1)
-    return classes if classes > 1 else None

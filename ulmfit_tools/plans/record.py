@@ -203,6 +203,9 @@ def start_folder(folder: RunFolder, description: dict[str, Any], *, overwrite: b
         clean_up(folder.path, "phases")  # an earlier call may have been killed while it deleted them
     if overwrite:
         (folder.path / "results.json").unlink(missing_ok=True)  # whosever it is, it would stand for this run's
+        if folder.record() is None:  # moved away, since it was damaged: what its run has done must not stand for this
+            for state in (folder.path / "phases").glob("*/phase.json"):
+                delete_folder(state.parent)
     if overwrite and folder.record() is not None:
         for pattern in ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"):
             for file in folder.path.glob(pattern):

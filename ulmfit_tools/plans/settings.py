@@ -116,6 +116,9 @@ def run_notes(plan: FineTuningPlan, given: Mapping[str, Any], *, own_loss: bool 
             served = ", ".join(f"'{phase.name}'" for phase in plan.phases if phase.name not in without)
             others = "; ".join(f"'{name}' {reason}" for name, reason in without.items())
             notes.append(f"--{key} serves {served} of the plan's phases. {others}.")
+    found = [f"'{phase.name}'" for phase in plan.phases if phase.learning_rate == "auto"]
+    if "learning_rate" in given and found:
+        notes.append(f"--learning_rate serves {', '.join(found)} only where a range test finds no rate too high.")
     if own_loss and values.get("label_smoothing_factor", 0):
         notes.append(f"label_smoothing_factor of plan '{plan.name}' is left out: compute_loss_func is the loss.")
     return notes
@@ -179,6 +182,8 @@ def _without(plan: FineTuningPlan, key: str, values: Mapping[str, Any]) -> dict[
 
 def _unused(phase: Phase, key: str, values: Mapping[str, Any]) -> str | None:
     """Why an argument does nothing for a phase; None where it serves the phase."""
+    if key == "learning_rate" and phase.learning_rate == "auto":
+        return None  # what it takes where its range test finds no rate that is too high
     named = [own for own in _PHASE_KEYS.get(key, ()) if getattr(phase, own) is not None]
     if key == "discriminative_factor" and isinstance(phase.learning_rate, tuple):
         named.append("learning_rate")  # a span says how the rates differ

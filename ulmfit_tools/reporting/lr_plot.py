@@ -18,6 +18,8 @@ MEANINGS = {
     "valley": "the middle of the longest fall (fastai)",
     "minimum_tenth": "a tenth of the rate of the lowest loss (fastai)",
 }
+_SIZE = (8.5, 4)  # inches
+_NO_MATPLOTLIB = 'Plots need matplotlib, which is not installed: pip install "ulmfit-tools[plot]"'
 _COLOURS = {"default": "C3", "still_falling": "C4", "steepest": "C1", "valley": "C2", "minimum_tenth": "C5"}
 
 
@@ -66,8 +68,8 @@ def _new_axes() -> "Axes":
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise InputError('Plots need matplotlib, which is not installed: pip install "ulmfit-tools[plot]"') from None
-    return plt.subplots(figsize=(8.5, 4), layout="constrained")[1]
+        raise InputError(_NO_MATPLOTLIB) from None
+    return plt.subplots(figsize=_SIZE, layout="constrained")[1]
 
 
 def save_lr_curve(curve: LRCurve, path: str) -> None:
@@ -76,11 +78,13 @@ def save_lr_curve(curve: LRCurve, path: str) -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
-    ax = plot_lr_curve(curve)
-    assert isinstance(ax.figure, Figure)
-    ax.figure.savefig(path, dpi=120, bbox_inches="tight")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(_NO_MATPLOTLIB) from None
+    figure = Figure(figsize=_SIZE, layout="constrained")  # without pyplot, which may look for a display
+    plot_lr_curve(curve, ax=figure.subplots())
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def print_lr_curve(curve: LRCurve, console: Console | None = None) -> None:

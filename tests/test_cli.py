@@ -142,6 +142,7 @@ def test_lr_find_prints_draws_and_writes(model, data, tmp_path, capsys):
     assert 'Text column: "text" (guessed' in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "exists already" in refused(capsys, *flags)
+    assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,6 @@ def test_a_picture_or_file_that_cannot_be_written_is_refused_first(flags, words,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
     assert words in refused(capsys, "lr-find", "--model", "no/model", "--dataset", "no.csv", *flags)
-    assert "start_lr" in refused(capsys, "lr-find", "--model", model, "--dataset", data, "--use_cpu", "--start_lr", 11)
 
 
 def test_lr_find_takes_what_train_takes(model, data, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_lr_find_refuses_before_it_loads(capsys, tmp_path, monkeypatch, flags, m
 
 
 def test_lr_find_says_that_matplotlib_is_missing_before_it_loads(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     flags = ["--model", "no/model", "--dataset", "no_data.csv", "--plot", "curve.png"]
     assert "need matplotlib" in refused(capsys, "lr-find", *flags)
 

@@ -35,7 +35,7 @@ def kind_of(case: Case) -> str:
     if case.seed >= 10:
         return "drawn at random"
     if case.task.endswith(".csv"):
-        return "new head, data that no constant was chosen on"
+        return "new head, the four other datasets"
     if case.trained_head:
         return "trained head"
     return "new head" + f", {case.layers} layers" * (case.layers != LAYERS) + ", fine labels" * ("fine" in case.task)

@@ -40,7 +40,7 @@ KINDS = {
         "metric_for_best_model": "loss",
         "logging_strategy": "epoch",
     },
-    "workers that were to stay": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    "a worker": {"dataloader_num_workers": 1},
     "mixed precision": {"bf16": True, "activation_checkpointing": True},
     "one-cycle": {"lr_scheduler_type": "one_cycle", "optim": "sgd"},
     "sgdr, random order": {"lr_scheduler_type": "sgdr", "train_sampling_strategy": "random"},

@@ -96,6 +96,7 @@ class TestArguments:
             ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "word"}, "JSON object.*Received: 'word'"),
             ({"warmup_steps": 10}, "slanted_triangular has its own rise.*warmup_steps=10"),
             ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is not needed here"),
+            ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, "stay draw other random numbers"),
             ({"learning_rate_low": 1e-6, "discriminative_factor": 2.0}, "leave out discriminative_factor"),
             ({"group_learning_rates": [1e-5], "learning_rate_low": 1e-6}, "leave out learning_rate_low"),
             ({"group_learning_rates": [1e-5], "learning_rate": 1e-3}, "learning_rate=0.001"),

@@ -182,16 +182,8 @@ class ULMFiTTrainer(Trainer):
         return getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's data loader, with new workers in each epoch: those that stay draw other numbers after a resume.
-
-        With several processes its epoch also reaches the sampler in a resumed epoch.
-        """
-        stay = self.args.dataloader_persistent_workers
-        self.args.dataloader_persistent_workers = False
-        try:
-            dataloader: Any = super().get_train_dataloader()
-        finally:
-            self.args.dataloader_persistent_workers = stay
+        """Trainer's data loader; with several processes its epoch also reaches the sampler in a resumed epoch."""
+        dataloader: Any = super().get_train_dataloader()
         dealt_out: Any = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
         if hasattr(dealt_out, "sampler"):  # Accelerate looks for it one level up, but puts only its own there
             dataloader.set_sampler(dealt_out.sampler)
@@ -243,11 +235,6 @@ class ULMFiTTrainer(Trainer):
         """
         checkpoint = None if self._saves_sharded else self._checkpoint_to_resume(resume_from_checkpoint, trial)
         resume: Any = resume_from_checkpoint if self._saves_sharded else checkpoint and str(checkpoint)
-        if self.args.dataloader_persistent_workers:
-            logger.warning(
-                "dataloader_persistent_workers serves evaluation alone: a training whose workers stay draws other "
-                "random numbers than a resumed one."
-            )
         self._keeper.begin(checkpoint)
         self.remove_callback(self._keeper)
         self.add_callback(self._keeper)  # last again, after any that were added since

@@ -134,6 +134,11 @@ class ULMFiTTrainingArguments(TrainingArguments):
                 "enable_jit_checkpoint is not needed here: on SIGTERM the run writes a checkpoint after the step and"
                 " stops. Leave it out. Received: enable_jit_checkpoint=True"
             )
+        if self.dataloader_persistent_workers:
+            raise InputError(
+                "dataloader_persistent_workers has no place here: workers that stay draw other random numbers than "
+                "those of a resumed run. Leave it out. Received: dataloader_persistent_workers=True"
+            )
         if not 0 <= self.label_smoothing_factor < 1:
             raise InputError(
                 "label_smoothing_factor is the share of each label that is spread over all classes, from 0 to below 1."

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,22 @@ def test_lr_usual_limit_benchmark(tmp_path):
     assert ours < chosen < without
     (new_head,) = [row for row in rows if row[1:2] == ["new head"]]
     assert int(new_head[2]) >= 16
+
+
+def test_lr_other_models_benchmark(model, data, tmp_path, monkeypatch):
+    """What was measured, by hand; and every model trains with as many layers as it says."""
+    monkeypatch.syspath_prepend(RECIPES / "benchmarks")
+    recipe, starts = importlib.import_module("lr_other_models"), importlib.import_module("lr_starts")
+    results = RECIPES / "benchmarks/results/lr_other_models.jsonl"
+    printed = python(RECIPES / "benchmarks/lr_other_models.py", "table", "--results", results, cwd=tmp_path).stdout
+    assert "gpt2: 0.795 at 0.0003" in printed
+    monkeypatch.setattr(starts, "TASKS", {"colours": {"source": data}})
+    tasks = starts.Tasks(tmp_path, bf16=False, held_out_rows=10, model=model)
+    for case in recipe.cases():
+        trainer = recipe.make_trainer(replace(case, task="colours"), tasks, str(tmp_path), 1e-3)
+        assert trainer.model.config.num_hidden_layers == case.layers
+        trainer.args.max_steps = 1
+        assert trainer.train().global_step == 1
 
 
 def test_lr_suggestions_from_a_trained_head(model, data, tmp_path, monkeypatch):

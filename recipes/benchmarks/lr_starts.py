@@ -122,11 +122,17 @@ def make_trainer(case: Case, tasks: Tasks, folder: str, rate: float = 1e-4) -> U
 
 def new_trainer(case: Case, tasks: Tasks, folder: str, rate: float, epochs: int) -> ULMFiTTrainer:
     """A trainer of the pretrained model that saves and logs nothing."""
-    train, held_out, label_names = tasks.load(case)
+    _, _, label_names = tasks.load(case)
     set_seed(case.seed)
     model, _ = load_model_and_tokenizer(tasks.model, label_names=label_names)
     encoder: Any = model.base_model.encoder
     encoder.layer = encoder.layer[: case.layers]
+    return trainer_of(model, case, tasks, folder, rate, epochs)
+
+
+def trainer_of(model: Any, case: Case, tasks: Tasks, folder: str, rate: float, epochs: int) -> ULMFiTTrainer:
+    """A trainer of any model on the rows of a case."""
+    train, held_out, _ = tasks.load(case)
     args = ULMFiTTrainingArguments(
         output_dir=folder,
         learning_rate=rate,

@@ -226,12 +226,23 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     complete = complete_cases(results, options)
     if not complete:
         raise SystemExit(f"No start in {options.results} has all of its rates and sweeps yet")
-    averaged_over_seeds = {case: mean_points(complete, case) for case in complete}
     start = "after a head trained alone" if options.trained_head else "with a new head"
     start = "drawn at random" if options.mixed else start + f", {options.layers} layers" * (options.layers != LAYERS)
     start += f", {options.train_rows} rows" * (options.train_rows != TRAIN_ROWS)
     start += f", {Path(options.model).name}" * (options.model != MODEL)
     print(f"{len(complete)} starts (task, seed, discriminative or not) {start}\n")
+    print_rules(complete)
+    print_by_confidence(complete)
+    print_other_seeds(complete)
+    print("\nBest accuracies:")
+    for case, (points, _) in complete.items():
+        rate = max(points, key=lambda rate: points[rate])
+        print(f"  {case}: {points[rate]:.3f} at {rate:g}")
+
+
+def print_rules(complete: dict[Case, tuple[dict, dict[str, LRCurve]]]) -> None:
+    """A row for each rule whose sweeps are all there."""
+    averaged_over_seeds = {case: mean_points(complete, case) for case in complete}
     print("| rule | mean regret | worst | averaged: mean | worst | worst on | rates | steps |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (sweep, rule, cost) in contestants().items():
@@ -257,12 +268,6 @@ def print_table(results: Results, options: argparse.Namespace) -> None:
     print(
         "\n(*) Some of its rates lie beyond the measured ones, and count as the nearest of these: too well, as a rule."
     )
-    print_by_confidence(complete)
-    print_other_seeds(complete)
-    print("\nBest accuracies:")
-    for case, (points, _) in complete.items():
-        rate = max(points, key=lambda rate: points[rate])
-        print(f"  {case}: {points[rate]:.3f} at {rate:g}")
 
 
 def print_by_confidence(complete: dict[Case, tuple[dict, dict[str, LRCurve]]]) -> None:

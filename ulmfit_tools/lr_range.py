@@ -82,7 +82,7 @@ def lr_range_test(
             evaluation set, the same ones after every step. Less noisy, at the cost of their forward passes.
         num_sweeps: How often to sweep, each time from the same start on other batches; the suggestions are geometric
             means over them. What a single one suggests depends on the batches that it meets, by a standard deviation
-            of a factor of about 1.2. The batches come in another order where that is drawn from the trainer's seed or,
+            of a factor of about 1.1. The batches come in another order where that is drawn from the trainer's seed or,
             as in a shuffled stream of `datasets`, from the epoch; where a sweep meets the same ones again, only the
             first counts. None takes two where the training is at least as long as both, and else one.
         confirm: Train three short probes as well, at a fourth of the suggestion, at it and at four times it, all from

@@ -16,6 +16,7 @@ import numpy as np
 
 from ulmfit_tools.errors import InputError
 from ulmfit_tools.lr_readings import READINGS, endurance, noise_of
+from ulmfit_tools.lr_verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,7 +191,7 @@ class LRCurve:
         a row. So a rise is one that stands out from the noise of all losses, not only from that of its neighbours, and
         the lowest is looked for within two decades below it. Where the sweep has learned the rows, it is there.
         """
-        if self._skips_over:
+        if self.skips_over:
             return 0
         if self.learned is not None:
             return self.learned
@@ -198,7 +199,7 @@ class LRCurve:
         so_far = np.array([np.median(self.losses[: max(index + 1, 10)]) for index in range(len(rates))])
         risen = smoothed - so_far > np.maximum(SURE * self.noise, SMALL * abs(self.level))
         calm = max(int(np.argmax(risen)) if risen.any() else len(rates), 1)
-        if self.clearness >= CLEAR:
+        if self.is_clear:
             return int(np.argmin(np.where(rates >= rates[calm - 1] / 100, smoothed, math.inf)))
         above = smoothed[:calm] - float(np.median(self.losses[:calm]))
         harmless = np.flatnonzero(above <= np.maximum(self.noise[:calm] / 2, SMALL * abs(self.level)))
@@ -242,7 +243,7 @@ class LRCurve:
     def suggestion(self) -> float:
         """The default: the best of the probes, by more than chance, or where there are none, `endurance`."""
         tried = [(probe.loss + CLEAR * probe.error, probe.rate) for probe in self.probes if probe.loss is not None]
-        return min(tried)[1] if tried else self._mean(partial(endurance, sweeps=len(self._telling)))
+        return min(tried)[1] if tried else self._mean(partial(endurance, sweeps=len(self.telling)))
 
     @property
     def sweeps(self) -> tuple["LRCurve", ...]:
@@ -251,11 +252,11 @@ class LRCurve:
 
     def _mean(self, reading: Callable[["LRCurve"], float]) -> float:
         """The geometric mean of a reading over the sweeps that tell."""
-        rates = [reading(sweep) for sweep in self._telling]
+        rates = [reading(sweep) for sweep in self.telling]
         return math.prod(rates) ** (1 / len(rates))
 
     @property
-    def _telling(self) -> list["LRCurve"]:
+    def telling(self) -> list["LRCurve"]:
         """The sweeps that find a limit, where any does; else all."""
         return [sweep for sweep in self.sweeps if sweep._has_limit or not self.has_limit]
 
@@ -275,22 +276,32 @@ class LRCurve:
         """
         grades = sorted(sweep._grade for sweep in self.sweeps)
         far_apart = max(self._limits) > APART * min(self._limits)
-        return "low" if far_apart or self._probes_say else GRADES[grades[(len(grades) - 1) // 2]]
+        return "low" if far_apart or self.probes_leave_open else GRADES[grades[(len(grades) - 1) // 2]]
 
     @property
     def _grade(self) -> int:
         """How sure this sweep alone is: an index into `GRADES`."""
-        if self.clearness < CLEAR or not self._has_limit or self._begins_late or self._skips_over:
+        if not self.is_clear or not self._has_limit or self.begins_late or self.skips_over:
             return 0
         return 2 if self.clearness >= SURE and self.learned is None else 1
 
     @property
-    def _begins_late(self) -> bool:
+    def is_clear(self) -> bool:
+        """Whether the loss is seen to fall."""
+        return self.clearness >= CLEAR
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the loss is not seen to fall, and would not fall far if it did."""
+        return not self.is_clear and self.fall < SMALL * abs(self.level)
+
+    @property
+    def begins_late(self) -> bool:
         """Whether the first rates may have changed the loss already, so that nobody sees where it began."""
         return self.limit < BEFORE * self.rates[0]
 
     @property
-    def _skips_over(self) -> bool:
+    def skips_over(self) -> bool:
         """Whether the rate that is too high lies between the first two, which are far apart in a linear sweep."""
         risen = self.smoothed[1] - self.level > max(BACK * abs(self.level), SURE * self.noise[1])
         return bool(risen) and self.rates[1] > BEFORE * self.rates[0]
@@ -319,80 +330,21 @@ class LRCurve:
         return rise > max(CLEAR * self.standard_errors[-1], SMALL * abs(self.level))
 
     @property
-    def _only_nan(self) -> bool:
+    def ends_in_nan(self) -> bool:
         """Whether all that is seen of rates that are too high is a loss that is no number."""
         return self.stopped == "nan" and not self._rises
+
+    @property
+    def probes_leave_open(self) -> bool:
+        """Whether no probe kept a finite loss, or the best of several is the one with the highest or lowest rate."""
+        tried = sorted(probe.rate for probe in self.probes)
+        failed = all(probe.loss is None for probe in self.probes)
+        return bool(tried) and (failed or (len(tried) >= 3 and self.suggestion in (tried[0], tried[-1])))
 
     @cached_property
     def verdict(self) -> str:
         """What the curve can tell, in a sentence, and in others how far the sweeps agree and what probes left open."""
-        return " ".join(filter(None, (self._curve_says, self._repeats_say, self._probes_say)))
-
-    @property
-    def _repeats_say(self) -> str:
-        if not self.repeats:
-            return ""
-        told = f"That is the first of {len(self.sweeps)} sweeps;"
-        limits = [sweep.limit for sweep in self._telling]
-        if len(limits) < len(self.sweeps):
-            return f"{told} a limit is found by {len(limits)} ({', '.join(f'{limit:.1e}' for limit in limits)})."
-        told += f" their limits are {min(limits):.1e} to {max(limits):.1e}"
-        return f"{told}." if self._before_probes else f"{told}, and the suggestion is the mean of theirs."
-
-    @property
-    def _before_probes(self) -> float | None:
-        """What the sweeps suggested, where the probes suggest another rate."""
-        tried = sorted(probe.rate for probe in self.probes)
-        return tried[len(tried) // 2] if tried and self.suggestion != tried[len(tried) // 2] else None
-
-    @property
-    def _probes_say(self) -> str:
-        tried = sorted(probe.rate for probe in self.probes)
-        if not tried:
-            return ""
-        if all(probe.loss is None for probe in self.probes):
-            return "No probe kept a finite loss: take a lower rate than the one suggested."
-        if self.suggestion not in (tried[0], tried[-1]) or len(tried) < 3:
-            return ""
-        edge, beyond = ("lowest", "lower") if self.suggestion == tried[0] else ("highest", "higher")
-        instead = f", instead of the {self._before_probes:.1e} of the curve" if self._before_probes else ""
-        return f"The best of the probes is the {edge}{instead}, so a {beyond} rate may be better still."
-
-    @property
-    def _curve_says(self) -> str:
-        if self.learned is not None:
-            return (
-                f"The loss falls to next to nothing by {self._turn}, so higher rates cannot be told apart: the rows "
-                "are easily learned, and a rate up to the suggestion will do."
-            )
-        if self._skips_over:
-            return (
-                f"At the second rate, {self.rates[1]:.1e}, the loss has risen already, and between it and the first, "
-                f"{self.rates[0]:.1e}, none was tried: take exponential steps, or lower end_lr."
-            )
-        if self._begins_late:
-            return f"The first rate that is too high, {self.limit:.1e}, is near the first one: lower start_lr."
-        if self.clearness < CLEAR and self.fall < SMALL * abs(self.level):
-            told = "The curve is too flat to decide: the loss does not fall at any rate"
-        elif self.clearness < CLEAR:
-            told = f"The curve is too noisy to decide: the loss falls by {self.clearness:.1f} standard errors only"
-        elif not self.turns_up:
-            bound = "" if self.has_limit else "; what is suggested is a lower bound"
-            return f"The loss still falls at the highest rate: raise end_lr{bound}."
-        else:
-            end = (
-                f"is no number any more after {self.rates[-1]:.1e}" if self._only_nan else f"turns up at {self._turn}"
-            )
-            return f"The loss falls by {self.fall:.3g}, {self.clearness:.1f} standard errors, and {end}."
-        if not self.turns_up:
-            return f"{told}, nor does it rise: raise end_lr, or take more steps."
-        where = f"{self._turn} to {self.back:.1e}"
-        more = "eval_batches" if self.repeats else "num_sweeps or eval_batches"
-        return f"{told}. Where it rises ({where}) is what there is to go by; {more} would help."
-
-    @property
-    def _turn(self) -> str:
-        return f"{self.rates[self.turn]:.1e}"
+        return verdict(self)
 
     # In and out
 

@@ -838,13 +838,15 @@ def test_a_rate_in_the_record_stands_whatever_the_rule_says_now(tmp_path):
     assert trainer.args.learning_rate == 0.0123
 
 
-def test_the_curve_of_another_test_will_do_as_the_record(tmp_path):
+@pytest.mark.parametrize(("end_lr", "limited"), [(10, True), (1e-6, False)])
+def test_the_curve_of_another_test_will_do_as_the_record(end_lr, limited, tmp_path):
     record = tmp_path / "lr_range.json"
-    curve = lr_range_test(make_trainer(tmp_path), **SHORT)
+    curve = lr_range_test(make_trainer(tmp_path), **SHORT | {"start_lr": 1e-9, "end_lr": end_lr})
+    assert curve.has_limit == limited
     record.write_text(curve.to_json())
     trainer = make_trainer(tmp_path, ULMFiTTrainer)
     assert find_learning_rate(trainer, record) == curve
-    assert trainer.args.learning_rate == curve.suggestion
+    assert trainer.args.learning_rate == (curve.suggestion if limited else 1e-3), "no rate was too high: as it was"
 
 
 def test_a_found_rate_is_kept_and_not_looked_for_again(tmp_path, monkeypatch):

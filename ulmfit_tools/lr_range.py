@@ -195,10 +195,10 @@ def find_learning_rate(
     broadcast_object_list(found)
     if found[0] is not None:
         curve = LRCurve.from_json(found[0])
-        rate = json.loads(found[0])["read"].get("taken", curve.suggestion)  # by the rule of its time
+        rate = json.loads(found[0])["read"].get("taken", _rate_to_take(curve, trainer))  # by the rule of its time
     else:
         curve = lr_range_test(trainer, num_steps=num_steps, num_sweeps=num_sweeps, **settings)
-        rate = curve.suggestion if curve.has_limit else trainer.args.learning_rate
+        rate = _rate_to_take(curve, trainer)
         if trainer.is_world_process_zero():
             values = json.loads(curve.to_json())
             values["read"]["taken"] = rate
@@ -209,6 +209,11 @@ def find_learning_rate(
             logger.warning(f"Learning rate {rate:.2e}, the one in the settings: no rate was too high. {curve.verdict}")
     set_learning_rate(trainer.args, rate)
     return curve
+
+
+def _rate_to_take(curve: LRCurve, trainer: Trainer) -> float:
+    """What the curve suggests; where no rate was too high, it has nothing to say against the rate in the settings."""
+    return curve.suggestion if curve.has_limit else trainer.args.learning_rate
 
 
 def set_learning_rate(args: TrainingArguments, learning_rate: float) -> None:

@@ -85,6 +85,8 @@ def main(folder):
         find_learning_rate(trainer, folder / "lr_range.json", **SHORT | {"end_lr": 10}).suggestion for _ in range(2)
     ]
     found["found"] = [*rates, trainer.args.learning_rate]
+    trainer = make_trainer(folder, Trainer, TrainingArguments)
+    found["entropy"] = lr_range_test(trainer, num_steps=25, start_lr=1e-9, end_lr=1e-6).label_entropy
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

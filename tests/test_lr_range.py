@@ -374,16 +374,28 @@ def test_the_width_counts_where_adam_trains_whole_layers(tmp_path):
     assert lr_range_test(fixed_positions, **SHORT).width == 16
 
 
-def test_the_classes_count_where_each_row_has_one(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}])
+def test_the_entropy_of_the_labels_it_meets(settings, tmp_path):
+    """24 updates of 8 or 16 rows are three or six times all 64, of which 48, 12 and 4 have labels 0, 1 and 2.
+
+    -3/4 ln(3/4) - 3/16 ln(3/16) - 1/16 ln(1/16) = 0.2158 + 0.3139 + 0.1733. Evaluations count no rows again.
+    """
+    rows = [row | {"labels": (index % 16 > 11) + (index % 16 > 14)} for index, row in enumerate(ragged_rows(64))]
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": rows}, **settings)
+    curve = lr_range_test(trainer, num_steps=24, start_lr=1e-9, end_lr=1e-6, eval_batches=1)
+    assert curve.label_entropy == pytest.approx(0.7030, abs=1e-4)
+
+
+def test_the_entropy_counts_where_each_row_has_one_label(tmp_path):
     """Nor is a usual limit known of labels that are numbers, or several for each row."""
-    assert lr_range_test(make_trainer(tmp_path), **SHORT).classes == 3
+    assert 0.9 < lr_range_test(make_trainer(tmp_path), **SHORT).label_entropy <= math.log(3)
     for labels, of_row in ((1, lambda row: float(row["labels"])), (3, lambda row: [float(row["labels"] > 0)] * 3)):
         rows = [row | {"labels": of_row(row)} for row in ragged_rows(64)]
         trainer = make_trainer(tmp_path, model=tiny_bert(num_labels=labels), trainer={"train_dataset": rows})
-        assert lr_range_test(trainer, **SHORT).classes is None
+        assert lr_range_test(trainer, **SHORT).label_entropy is None
 
 
-def test_the_classes_are_those_of_the_logits_whatever_the_configuration_says(tmp_path):
+def test_labels_are_classes_by_the_logits_whatever_the_configuration_says(tmp_path):
     """A head of one's own, answers to choose from, and a loss of one's own for several labels a row."""
 
     class OwnHead(nn.Module):
@@ -402,13 +414,15 @@ def test_the_classes_are_those_of_the_logits_whatever_the_configuration_says(tmp
             labels = inputs.pop("labels")
             return nn.functional.binary_cross_entropy_with_logits(model(**inputs).logits, labels)
 
-    assert lr_range_test(make_trainer(tmp_path, model=OwnHead()), **SHORT).classes == 20
+    of_three = lr_range_test(make_trainer(tmp_path), **SHORT).label_entropy
+    assert lr_range_test(make_trainer(tmp_path, model=OwnHead()), **SHORT).label_entropy == pytest.approx(of_three)
     choices = [{"input_ids": [row["input_ids"]] * 5, "labels": row["labels"]} for row in token_rows(64)]
     given = {"train_dataset": choices, "data_collator": None}
     trainer = make_trainer(tmp_path, model=BertForMultipleChoice(tiny_bert().config), trainer=given)
-    assert lr_range_test(trainer, **SHORT).classes == 5
+    assert lr_range_test(trainer, **SHORT).label_entropy == pytest.approx(of_three, abs=0.1)
     rows = [row | {"labels": [float(row["labels"] > 0)] * 3} for row in ragged_rows(64)]
-    assert lr_range_test(make_trainer(tmp_path, OwnLoss, trainer={"train_dataset": rows}), **SHORT).classes is None
+    several = make_trainer(tmp_path, OwnLoss, trainer={"train_dataset": rows})
+    assert lr_range_test(several, **SHORT).label_entropy is None
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path):
@@ -494,7 +508,7 @@ def test_a_language_models_words_are_no_classes(tmp_path):
     model = BertForMaskedLM(tiny_bert().config)
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in token_rows(64)]
     trainer = make_trainer(tmp_path, Trainer, model=model, trainer={"train_dataset": rows, "data_collator": None})
-    assert lr_range_test(trainer, **SHORT).classes is None
+    assert lr_range_test(trainer, **SHORT).label_entropy is None
 
 
 def test_settings_of_accelerate_that_trainer_has_changed(tmp_path):

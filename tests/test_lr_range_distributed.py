@@ -1,12 +1,15 @@
 """Range tests in two processes on a CPU; `lr_range_worker.py` is what they run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny import ragged_rows
 
 KINDS = ("Trainer", "accumulating", "ULMFiTTrainer")
 
@@ -44,3 +47,10 @@ def test_nan_in_one_process_ends_both(found):
 def test_both_take_the_rate_from_one_file(found):
     rates = {rate for rank in found for rate in rank["found"]}
     assert len(rates) == 1
+
+
+def test_the_entropy_is_of_the_labels_that_both_met(found):
+    """25 updates of 8 rows are five times all 40."""
+    shares = [count / 40 for count in Counter(row["labels"] for row in ragged_rows(40)).values()]
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert found[0]["entropy"] == found[1]["entropy"] == pytest.approx(entropy, abs=1e-6)

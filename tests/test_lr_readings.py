@@ -50,7 +50,7 @@ def test_eight_times_the_steps_take_half_the_rate():
 
 @pytest.mark.parametrize(("sweeps", "share"), [(1, 4 / 5), (2, 2 / 3), (3, 4 / 7)])
 def test_the_usual_limit_counts_for_four_sweeps(sweeps, share):
-    """Of 20 classes, 2.9957 ** 0.75 * 4 / 8 / 228 / 5, a thousandth of the sweep's; weights of 1, 2 or 3 to 4."""
+    """Of 20 equal classes, 2.9957 ** 0.75 * 4 / 8 / 228 / 5, a thousandth of the sweep's; weights 1, 2 or 3 to 4."""
     one = LRCurve(
         rates=tuple(10.0**power for power in range(-20, 21)),
         losses=(*[10.0] * 20, *[9.0] * 10, *[21.0] * 11),
@@ -58,7 +58,8 @@ def test_the_usual_limit_counts_for_four_sweeps(sweeps, share):
         training_steps=8_000,
         rate_norm=5.0,
     )
-    known = replace(one, width=228, classes=20, batch_size=16, rates=tuple(rate / one.limit for rate in one.rates))
+    known = replace(one, width=228, batch_size=16, rates=tuple(rate / one.limit for rate in one.rates))
+    known = replace(known, label_entropy=math.log(20))
     assert known.limit == pytest.approx(1)
     assert usual_limit(known) == pytest.approx(1e-3, rel=2e-3)
     both = replace(known, repeats=(known,) * (sweeps - 1))
@@ -66,13 +67,16 @@ def test_the_usual_limit_counts_for_four_sweeps(sweeps, share):
 
 
 def test_the_usual_limit_rises_with_the_loss_of_a_guess_and_the_root_of_the_batch_size():
-    """150 classes have a loss of 5.01 where one guesses, two 0.693: (5.01 / 0.693) ** (3 / 4) is 4.41."""
-    known = {"width": 384, "classes": 2, "batch_size": 8}
+    """150 equal classes have a loss of 5.01 where one guesses, two 0.693: (5.01 / 0.693) ** (3 / 4) is 4.41."""
+    known = {"width": 384, "label_entropy": math.log(2), "batch_size": 8}
     usual = usual_limit(falling_curve(**known))
-    assert usual_limit(falling_curve(**known | {"classes": 150})) / usual == pytest.approx(4.41, rel=1e-3)
+    assert usual_limit(falling_curve(**known | {"label_entropy": math.log(150)})) / usual == pytest.approx(
+        4.41, rel=1e-3
+    )
     assert usual_limit(falling_curve(**known | {"batch_size": 32})) / usual == pytest.approx(2)
     for name in known:
         assert usual_limit(falling_curve(**known | {name: None})) is None
+    assert usual_limit(falling_curve(**known | {"label_entropy": 0.0})) is None, "all rows met were of one class"
 
 
 @pytest.mark.parametrize(("share", "training_steps", "wanted"), [(0.1, 8000, 1), (0.3, 8000, 0.5), (0.3, 25, 0.82)])
@@ -87,6 +91,28 @@ def test_what_a_sweep_learns_a_training_need_not_be_fast_for(share, training_ste
     )
     assert curve.gain == pytest.approx(share)
     assert curve.suggestion == pytest.approx(wanted * curve.limit * 0.99 / training_steps ** (1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("entropy", "lowest", "gain"),
+    [(None, 3, 0.7), (12, 3, 0.7), (4, 3, 0.25), (4, 4.5, 0), (0, 3, 0)],
+)
+def test_to_learn_how_frequent_the_classes_are_is_no_gain(entropy, lowest, gain):
+    """A new head loses 10 at first, a guess by the classes' shares 4: of a fall to 3 only 1 in 4 is learned.
+
+    Where all rows are of one class there is nothing else to learn.
+    """
+    curve = LRCurve(
+        rates=tuple(10.0**power for power in range(-20, 21)),
+        losses=(*[10.0] * 20, *[lowest] * 10, *[21.0] * 11),
+        start_loss=10.0,
+        training_steps=8_000,
+        label_entropy=entropy,
+    )
+    assert curve.gain == pytest.approx(gain)
+    assert curve.suggestion == pytest.approx(curve.limit * 0.198 * 0.15 / max(gain, 0.15)), (
+        "no width, so no usual limit"
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])

@@ -67,7 +67,8 @@ class LRCurve:
         rate_norm: The root of the sum of squares, over the layer groups that train, of a group's rate as a share of
             the head's; 1 for a head alone.
         width: The model's hidden size, where layers besides the head train, whole, with a kind of Adam; else None.
-        classes: Between how many classes the model decides; None where its labels are numbers, or several for a row.
+        label_entropy: The entropy of the labels in the batches, in nats: what a guess loses that knows how frequent
+            each class is. None where labels are numbers, or several for a row.
         batch_size: Rows of an update, over all processes and accumulated batches.
         probes: What the confirmation tried; empty without one.
         repeats: Other sweeps over the same rates from the same start, on other batches. Every suggestion is the
@@ -88,7 +89,7 @@ class LRCurve:
     seconds: float = 0.0
     rate_norm: float = 1.0
     width: int | None = None
-    classes: int | None = None
+    label_entropy: float | None = None
     batch_size: int | None = None
     probes: tuple[Probe, ...] = ()
     repeats: tuple["LRCurve", ...] = ()
@@ -157,8 +158,13 @@ class LRCurve:
 
     @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep takes away; 0 where nobody knows it, since the loss can be negative."""
-        return self.fall / self.level if self._ends_at_zero and self.level else 0.0
+        """The share of the loss that the sweep takes away; 0 where nobody knows it, since the loss can be negative.
+
+        What a new head loses by not knowing how frequent each class is does not count: of it, a few steps rid it.
+        """
+        known = math.inf if self.label_entropy is None else self.label_entropy
+        before = min(self.level, known)
+        return max(1 - self.smoothed[self.lowest] / before, 0.0) if self._ends_at_zero and before else 0.0
 
     @cached_property
     def _ends_at_zero(self) -> bool:

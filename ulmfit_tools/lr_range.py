@@ -158,7 +158,7 @@ def _curve(notes: LossNotes, mode: str) -> LRCurve:
         steps=notes.updates,
         rate_norm=notes.rate_norm,
         width=notes.width,
-        classes=notes.classes,
+        label_entropy=notes.label_entropy,
         batch_size=notes.batch_size,
     )
 

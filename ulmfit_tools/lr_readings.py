@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 # What a training endures of the sweep's limit, the most that even a short one does, and the share of the loss that a
 # sweep may take away without the training wanting less; see `endurance`.
 ENDURED, LENGTH_POWER, MOST_ENDURED, GAINED = 3.96, 1 / 3, 0.6, 0.15
-# The usual limit of a model one number wide, for e classes and batches of one row; how it rises with the loss of a
-# guess; and for how many sweeps it counts. See `usual_limit`.
-USUAL, CLASSES_POWER, USUAL_SWEEPS = 1 / 8, 3 / 4, 4
+# The usual limit of a model one number wide, where a guess has a loss of 1, and batches one row; how it rises with
+# that loss; and for how many sweeps it counts. See `usual_limit`.
+USUAL, GUESS_POWER, USUAL_SWEEPS = 1 / 8, 3 / 4, 4
 
 
 def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
@@ -38,8 +38,8 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     a good part on its way, a training has steps to spare, and lower rates end better.
 
     And of what sweeps differ in from start to start, only a part is what the best rates differ in; another is chance,
-    by the batches that they meet. Over the starts of the benchmark the number of classes says as much about the best
-    rate as the limit of a sweep does, and the mean of both more than either.
+    by the batches that they meet. Over the starts of the benchmark the entropy of the labels says as much about the
+    best rate as the limit of a sweep does, and the mean of both more than either.
 
     The 3.96 here, which is 1.4 for eight groups at one rate, was chosen on true curves of MiniLM on four datasets, 189
     steps from a new head and from a trained one, after sweeps of 100 steps over eight decades
@@ -72,18 +72,18 @@ def _drawn(curve: "LRCurve", sweeps: int) -> float:
 
 
 def usual_limit(curve: "LRCurve") -> float | None:
-    """Where the limit lies on most data for such a model, such rates and so many classes; None if not known.
+    """Where the limit lies on most data for such a model, such rates and such labels; None if not known.
 
-    It is `ln(classes) ** (3 / 4) * batch_size ** (1 / 2) / 8 / width / rate_norm`. Of networks in which Adam trains
+    It is `label_entropy ** (3 / 4) * batch_size ** (1 / 2) / 8 / width / rate_norm`. Of networks in which Adam trains
     hidden layers the best rate falls as one over their width (Yang et al. 2022, arXiv:2203.03466, table 3), and rises
     as the root of the batch size (Malladi et al. 2022, arXiv:2205.10287); that the layers add up is said in
-    `endurance`. The logarithm of the number of classes is the loss of a guess, so what there is to be learned in the
-    steps that there are; and unlike the loss itself it does not depend on the loss's scale, as Adam does not.
+    `endurance`. The entropy of the labels is the loss of a guess, so what there is to be learned in the steps that
+    there are; and unlike the loss itself it does not depend on the loss's scale, as Adam does not.
     """
-    if curve.width is None or curve.classes is None or curve.batch_size is None:
+    if curve.width is None or not curve.label_entropy or curve.batch_size is None:
         return None
-    guess = math.log(curve.classes)
-    return USUAL * guess**CLASSES_POWER * math.sqrt(curve.batch_size) / curve.width / curve.rate_norm
+    guess = curve.label_entropy**GUESS_POWER
+    return USUAL * guess * math.sqrt(curve.batch_size) / curve.width / curve.rate_norm
 
 
 def steepest(curve: "LRCurve") -> float:

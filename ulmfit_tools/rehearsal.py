@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -49,7 +50,7 @@ class LossNotes(TrainerCallback):
         self.training_steps = 0
         self.rate_norm = 1.0
         self.width: int | None = None
-        self.classes: int | None = None
+        self.label_entropy: float | None = None
         self.batch_size: int | None = None
 
     def attach(self, trainer: Trainer, planned: TrainingArguments) -> None:
@@ -59,6 +60,7 @@ class LossNotes(TrainerCallback):
         self._train_losses: list[torch.Tensor] = []
         self._rows = 0
         self._labels: Any = None
+        self._classes_met: list[torch.Tensor] = []
         self._is_mean: bool | None = None
         trainer_step = trainer.training_step
 
@@ -78,7 +80,7 @@ class LossNotes(TrainerCallback):
         trainer.training_step = training_step  # type: ignore[method-assign]
 
     def on_forward(self, model: nn.Module, args: Any, outputs: Any) -> None:
-        """A forward hook of the model: between how many classes it decides, where each row's label is one of them."""
+        """A forward hook of the model: keeps the labels of a batch, where each row's is one of the logits' classes."""
         labels = self._labels
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
         if isinstance(logits, tuple):  # of a loss, where there is one, and logits
@@ -86,7 +88,8 @@ class LossNotes(TrainerCallback):
         if not isinstance(labels, torch.Tensor) or not isinstance(logits, torch.Tensor):
             return
         if labels.dim() == 1 and not labels.is_floating_point() and logits.dim() == 2 and logits.shape[-1] > 1:
-            self.classes = logits.shape[-1]
+            self._classes_met.append(labels[labels >= 0].cpu())
+            self._labels = None  # a batch counts once, however often the model sees it
 
     def on_train_begin(
         self,
@@ -130,6 +133,12 @@ class LossNotes(TrainerCallback):
         self.updates += 1
         if self.eval_batches:
             self._note(self._evaluate(model), control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The entropy of the labels that all processes met."""
+        if self._classes_met:
+            counts = torch.bincount(torch.cat(gather_object(self._classes_met)))
+            self.label_entropy = torch.special.entr(counts / counts.sum()).sum().item()
 
     def _evaluated_rows(self, args: TrainingArguments) -> Any:
         """Rows from all over the evaluation set, in which similar ones may stand together."""

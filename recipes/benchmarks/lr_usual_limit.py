@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/lr_usual_limit.py recipes/benchmarks/results/lr_suggestions.jsonl
 
-For each of them, the three constants of the usual limit (`USUAL`, `CLASSES_POWER` and `USUAL_SWEEPS` of `lr_readings`)
+For each of them, the three constants of the usual limit (`USUAL`, `GUESS_POWER` and `USUAL_SWEEPS` of `lr_readings`)
 are chosen on all others, as those of a grid with the lowest mean regret. Every sweep of a start, the first and its
 repeats, is read as the only one, and all starts count alike. The other constants stay.
 """
@@ -22,7 +22,7 @@ from ulmfit_tools.lr_curve import LRCurve
 from ulmfit_tools.lr_readings import endurance
 
 USUAL = [0.075, 0.1, 0.125, 0.15, 0.2, 0.275, 0.35]
-CLASSES_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
+GUESS_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
 USUAL_SWEEPS = [1, 1.5, 2, 3, 4, 6, 8]
 FEWEST_RATES = 5  # of a true curve
 
@@ -56,15 +56,15 @@ def read(path: Path) -> dict[Case, Start]:
 
 def regrets(start: Start, constants: tuple[float, float, float]) -> list[float]:
     """In points, of each sweep by itself, with these constants."""
-    lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS = constants
+    lr_readings.USUAL, lr_readings.GUESS_POWER, lr_readings.USUAL_SWEEPS = constants
     points, sweeps = start
     return [100 * regret(points, endurance(sweep)) for sweep in sweeps]
 
 
 def print_left_out(starts: dict[Case, Start], group_of: Callable[[Case], str], title: str) -> None:
     """One row for each group of starts: with constants chosen on the others, with ours, and without a usual limit."""
-    ours = lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS
-    grid = list(itertools.product(USUAL, CLASSES_POWER, USUAL_SWEEPS))
+    ours = lr_readings.USUAL, lr_readings.GUESS_POWER, lr_readings.USUAL_SWEEPS
+    grid = list(itertools.product(USUAL, GUESS_POWER, USUAL_SWEEPS))
     means = {case: [np.mean(regrets(start, constants)) for constants in grid] for case, start in starts.items()}
     groups: dict[str, list[Case]] = {}
     for case in starts:
@@ -87,7 +87,7 @@ def print_left_out(starts: dict[Case, Start], group_of: Callable[[Case], str], t
     print(f"| all | {len(starts)} | | {mean[0]:.2f} | | {mean[1]:.2f} | {mean[2]:.2f} |")
     best = grid[int(np.array(list(means.values())).mean(axis=0).argmin())]
     print(f"\nThe best on all of them: {', '.join(f'{constant:.2g}' for constant in best)}\n")
-    lr_readings.USUAL, lr_readings.CLASSES_POWER, lr_readings.USUAL_SWEEPS = ours
+    lr_readings.USUAL, lr_readings.GUESS_POWER, lr_readings.USUAL_SWEEPS = ours
 
 
 def main() -> None:

@@ -158,13 +158,14 @@ class LRCurve:
 
     @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep takes away; 0 where nobody knows it, since the loss can be negative.
+        """The share of the loss that the sweep surely takes away; 0 where nobody knows, since the loss can be negative.
 
-        What a new head loses by not knowing how frequent each class is does not count: of it, a few steps rid it.
+        What a new head loses by not knowing how frequent each class is does not count: of it, a few steps rid it. Nor
+        does a standard error, for the lowest of noisy losses is lower than it should be, most of all with rare classes.
         """
         known = math.inf if self.label_entropy is None else self.label_entropy
-        before = min(self.level, known)
-        return max(1 - self.smoothed[self.lowest] / before, 0.0) if self._ends_at_zero and before else 0.0
+        before, after = min(self.level, known), self.smoothed[self.lowest] + self.standard_errors[self.lowest]
+        return max(1 - after / before, 0.0) if self._ends_at_zero and before else 0.0
 
     @cached_property
     def _ends_at_zero(self) -> bool:

@@ -113,7 +113,7 @@ def test_to_learn_how_frequent_the_classes_are_is_no_gain(entropy, lowest, gain)
 
 
 def test_the_lowest_of_noisy_losses_is_hardly_a_gain():
-    """The loss is 1 at all rates; of 75 with a standard deviation of 0.2, smoothed over some six, the lowest is near 0.87."""
+    """The loss is 1 at all rates; of 75, with a standard deviation of 0.2, the lowest smoothed one is near 0.87."""
     curves = [curve_of(lambda rate: 1.0, noise=0.2, seed=seed) for seed in range(20)]
     assert np.mean([1 - min(curve.smoothed) / curve.level for curve in curves]) > 0.1
     assert np.mean([curve.gain for curve in curves]) < 0.07

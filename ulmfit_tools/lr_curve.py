@@ -158,10 +158,10 @@ class LRCurve:
 
     @cached_property
     def gain(self) -> float:
-        """The share of the loss that the sweep surely takes away; 0 where nobody knows, since the loss can be negative.
+        """The share of the loss that the sweep surely takes away; 0 where nobody knows, as the loss can be negative.
 
         What a new head loses by not knowing how frequent each class is does not count: of it, a few steps rid it. Nor
-        does a standard error, for the lowest of noisy losses is lower than it should be, most of all with rare classes.
+        does a standard error: the lowest of noisy losses lies below what is learned, most of all with rare classes.
         """
         known = math.inf if self.label_entropy is None else self.label_entropy
         before, after = min(self.level, known), self.smoothed[self.lowest] + self.standard_errors[self.lowest]

@@ -25,6 +25,7 @@ USUAL = [0.075, 0.1, 0.125, 0.15, 0.2, 0.275, 0.35]
 GUESS_POWER = [0, 1 / 2, 2 / 3, 3 / 4, 1]
 USUAL_SWEEPS = [1, 1.5, 2, 3, 4, 6, 8]
 FEWEST_RATES = 5  # of a true curve
+RARE = ["trec-hum.csv", "sst2-90.csv", "clinc-rare.csv"]
 
 Start = tuple[list[tuple[float, float]], list[LRCurve]]  # the true curve, and the sweeps
 
@@ -35,7 +36,7 @@ def kind_of(case: Case) -> str:
     if case.seed >= 10:
         return "drawn at random"
     if case.task.endswith(".csv"):
-        return "new head, the four other datasets"
+        return f"new head, {'a rare class' if case.task in RARE else 'the four other datasets'}"
     if case.trained_head:
         return "trained head"
     return "new head" + f", {case.layers} layers" * (case.layers != LAYERS) + ", fine labels" * ("fine" in case.task)

@@ -21,8 +21,8 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     """What a whole training of T steps endures of the rate that ends a sweep.
 
     It is `3.96 * limit / T ** (1 / 3) / rate_norm`, and at most 0.6 of the limit; and a share of that, `0.12 / gain`,
-    where the sweep surely takes away more than 0.12 of the loss (times as much as it has more steps than the training).
-    The limit is that of the sweep, drawn towards the usual one (`usual_limit`), which counts for four sweeps.
+    where the sweep surely takes away more than 0.12 of the loss (times as much as it has more steps than the
+    training). The limit is that of the sweep, drawn towards the usual one (`usual_limit`), which counts for four.
 
     A sweep takes a handful of steps at its limit, and what they begin to spoil, hundreds spoil. How fast the best rate
     falls with the number of steps lies between two cases. One step of Adam moves each weight by about the rate,

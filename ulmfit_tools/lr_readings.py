@@ -49,9 +49,9 @@ def endurance(curve: "LRCurve", sweeps: int = 1) -> float:
     with two to six layers; that it also holds for a head alone was found afterwards. In a few dozen steps, though, a
     head learns as much at half of its limit as at the limit itself, in the next ones more, and leaves the layers below
     it a sweep that can be read (`stdlib-docs` and TREC, 1,000 rows, validation accuracy): hence the 0.6, which changes
-    nothing else but one of the random starts. The 0.12 came from TREC and MPNet, whose best rates lay below what the
-    rule said. The usual limit came last, chosen on all starts of the benchmark; its README says what it does to each
-    task and each kind of starts when it is chosen on the others.
+    nothing else but one of the random starts. What a sweep may take away came from TREC and MPNet, whose best rates
+    lay below what the rule said, and its 0.12 from all starts. The usual limit came last, chosen on all starts of the
+    benchmark; its README says what it does to each task and each kind of starts when it is chosen on the others.
 
     Args:
         curve: One sweep.
